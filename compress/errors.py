@@ -1,0 +1,58 @@
+"""The errors a user can meet.
+
+Every message reads ``where: expected X, got Y. Do Z.``; the command line prints it alone, without a traceback,
+and ends with exit code 2.
+"""
+
+__all__ = [
+    "ArtifactError",
+    "CaptureError",
+    "CompressError",
+    "DataError",
+    "EditError",
+    "ExportError",
+    "MissingPackageError",
+    "RecipeError",
+    "RunError",
+]
+
+
+class CompressError(Exception):
+    """Anything that the user can mend; its message says how."""
+
+
+class RecipeError(CompressError):
+    """A recipe or an argument holds a value that cannot be used."""
+
+
+class DataError(CompressError):
+    """Data is missing or has an unexpected form."""
+
+
+class CaptureError(CompressError):
+    """``torch.export`` or PT2E cannot capture a model."""
+
+
+class EditError(CompressError):
+    """A structural change cannot be planned, applied or replayed."""
+
+
+class ExportError(CompressError):
+    """An artefact fails one of its checks; nothing is written."""
+
+
+class ArtifactError(CompressError):
+    """An artefact cannot be read or served."""
+
+
+class RunError(CompressError):
+    """A run directory cannot be used as asked."""
+
+
+class MissingPackageError(CompressError):
+    """An optional package is needed and absent."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"{package}: expected an installed package, got none. Install it with: pip install 'compress[{extra}]'."
+        )

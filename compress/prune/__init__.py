@@ -1,0 +1,15 @@
+"""Structured pruning: which channels belong together, which of them matter least, and when they are removed."""
+
+from compress.prune.callback import StructuredPruning
+from compress.prune.planner import Group, find_groups, output_layers, plan_removal
+from compress.prune.schedules import SCHEDULES, num_kept
+
+__all__ = [
+    "SCHEDULES",
+    "Group",
+    "StructuredPruning",
+    "find_groups",
+    "num_kept",
+    "output_layers",
+    "plan_removal",
+]

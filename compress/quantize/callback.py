@@ -1,0 +1,85 @@
+"""Quantization-aware training as a Lightning callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from torch import nn
+
+from compress.errors import RecipeError
+from compress.quantize.pt2e import convert, describe_inputs, num_quantized, replay_quantize
+from compress.quantize.schemes import get_scheme
+from compress.surgery import Captured, Edit, ModelEditor, history_of
+from compress.surgery.editor import example_inputs, progress
+
+__all__ = ["QuantizationAwareTraining"]
+
+
+class QuantizationAwareTraining(ModelEditor):
+    """Train with fake quantization from a given progress on.
+
+    The network is captured as a graph, prepared for the scheme, and trained on with the same optimiser; BatchNorm
+    statistics and activation ranges stand still for the last part (Jacob et al. 2018, arXiv:1712.05877, section 3;
+    Krishnamoorthi 2018, arXiv:1806.08342, section 4). After the fit, ``converted`` holds the integer network.
+
+    Args:
+        scheme: What is quantised and how: ``int8``.
+        start: Progress in [0, 1) from which on fake quantization works.
+        freeze_batchnorm: Progress from which on BatchNorm statistics and activation ranges stand still.
+        attribute: Name of the LightningModule's attribute that holds the network.
+
+    Raises:
+        RecipeError: when a value is out of range.
+    """
+
+    kind = "quantize"
+
+    def __init__(
+        self,
+        scheme: str = "int8",
+        *,
+        start: float = 0.7,
+        freeze_batchnorm: float = 0.9,
+        attribute: str = "student",
+    ) -> None:
+        super().__init__(attribute)
+        if not 0 <= start < 1:
+            raise RecipeError(f"quantize.start: expected a value in [0, 1), got {start}. Use 0.7 for the last 30 %.")
+        if not start <= freeze_batchnorm <= 1:
+            raise RecipeError(
+                f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
+                "Freeze after quantization has started."
+            )
+        self.scheme = get_scheme(scheme).name
+        self.start = start
+        self.freeze_batchnorm = freeze_batchnorm
+        self.converted: Captured | None = None
+
+    def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
+        """Capture and prepare the network."""
+        return replay_quantize(network, edit)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Quantise when it is due, and freeze late."""
+        now = progress(trainer)
+        if batch_idx % trainer.accumulate_grad_batches == 0 and now >= self.start:
+            self._quantize_once(trainer, pl_module, batch)
+        network = self.network(pl_module)
+        if isinstance(network, Captured):
+            network.freeze_batchnorm = now >= self.freeze_batchnorm
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Convert a copy; the module keeps the trained form, which checkpoints can hold."""
+        network = self.network(pl_module)
+        if isinstance(network, Captured):
+            self.converted = convert(network)
+
+    def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
+        if history_of(pl_module).count(self.kind):
+            return
+        inputs = describe_inputs(example_inputs(pl_module, batch))
+        self.edit(trainer, pl_module, lambda: Edit(self.kind, {"scheme": self.scheme, "inputs": inputs}))
+        pl_module.log("quantize/num_quantized", float(num_quantized(self.network(pl_module))))  # type: ignore[arg-type]

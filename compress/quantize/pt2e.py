@@ -1,0 +1,133 @@
+"""A network into its fake-quantised form and from there into integers, by PT2E."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from compress.errors import CaptureError
+from compress.quantize.schemes import get_scheme
+from compress.surgery import Captured, Edit, capture
+
+__all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
+
+_BATCH_NORM = torch.ops.aten.batch_norm.default
+
+
+def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captured:
+    """Capture a network and put fake quantization around what the scheme quantises.
+
+    Args:
+        network: A float network; its parameters are shared with the result, under the same names.
+        inputs: Example inputs, at least two samples each.
+        scheme: A name in ``SCHEMES``.
+
+    Returns:
+        A module that trains like the network, seeing what int8 will do to it.
+
+    Raises:
+        CaptureError: when the network cannot be captured, or nothing in it can be quantised.
+        RecipeError: when the scheme is unknown.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
+
+    quantizer = get_scheme(scheme).quantizer()
+    captured = capture(network, inputs)
+    norms = _norm_constants(captured.graph_module)
+    try:
+        graph_module = prepare_qat_pt2e(captured.graph_module, quantizer)
+    except Exception as error:  # a pattern that the quantizer stumbles on; any kind of exception
+        raise CaptureError(
+            f"quantize: expected a network that PT2E can prepare, got {type(network).__name__}: "
+            f"{type(error).__name__}: {error}. Leave quantize out, or rewrite the layer that the message names."
+        ) from error
+    _restore_norm_constants(graph_module, norms)
+    prepared = Captured(graph_module).train(network.training)
+    if num_quantized(prepared) == 0:
+        raise CaptureError(
+            f"quantize: expected convolutions or linear layers that scheme {scheme!r} can quantise, got none in "
+            f"{type(network).__name__}. Leave quantize out."
+        )
+    return prepared
+
+
+def convert(prepared: Captured) -> Captured:
+    """Turn a fake-quantised network into one that quantises for good; the argument stays as it is.
+
+    Args:
+        prepared: From ``prepare``, trained.
+
+    Returns:
+        A network in eval mode whose weights are int8 and whose BatchNorms are folded away.
+    """
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
+
+    twin = copy.deepcopy(prepared).cpu().eval()
+    twin.sync_mode()
+    return Captured(convert_pt2e(twin.graph_module)).eval()
+
+
+def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """Describe example inputs as plain data, enough to make inputs of the same form at replay.
+
+    Example:
+        >>> describe_inputs([torch.zeros(2, 3)])
+        [{'shape': [2, 3], 'dtype': 'float32'}]
+    """
+    return [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in inputs]
+
+
+def replay_quantize(network: nn.Module, edit: Edit) -> nn.Module:
+    """Carry out an edit of kind ``"quantize"``."""
+    device = next(network.parameters()).device
+    inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
+    return prepare(network, inputs, edit.data["scheme"]).to(device)
+
+
+def num_quantized(prepared: Captured) -> int:
+    """Count the convolutions and matrix products whose weight passes a fake quantizer."""
+    products = {
+        torch.ops.aten.conv1d.default,
+        torch.ops.aten.conv2d.default,
+        torch.ops.aten.conv3d.default,
+        torch.ops.aten.linear.default,
+    }
+    graph_module = prepared.graph_module
+    return sum(
+        node.target in products and _is_fake_quantizer(graph_module, node.args[1]) for node in graph_module.graph.nodes
+    )
+
+
+def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
+    if not (isinstance(node, Node) and node.op == "call_module"):
+        return False
+    return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
+
+
+def _norm_constants(graph_module: GraphModule) -> dict[str, tuple[float, float]]:
+    # By the name of the running variance, since preparation makes new nodes.
+    return {
+        str(node.args[4].target): (node.args[6], node.args[7])
+        for node in graph_module.graph.nodes
+        if node.target is _BATCH_NORM
+    }
+
+
+def _restore_norm_constants(graph_module: GraphModule, norms: Mapping[str, tuple[float, float]]) -> None:
+    """Undo that PT2E's fused pattern has momentum 0.1 and eps 1e-5 written in (pytorch/ao#2980)."""
+    for node in graph_module.graph.nodes:
+        if node.target is not _BATCH_NORM:
+            continue
+        running_var = node.args[4]
+        momentum, eps = norms[str(running_var.target)]
+        node.update_arg(6, momentum)
+        node.update_arg(7, eps)
+        for user in list(running_var.users):
+            if user.target is torch.ops.aten.add.Tensor:
+                user.update_arg(1, eps)
+    graph_module.recompile()

@@ -1,0 +1,144 @@
+"""A network as an exported graph that still trains: the form in which quantization works on it.
+
+A captured graph has train or eval behaviour written into its operators, and PyTorch's own switches for it lose
+BatchNorm's ``eps`` and ``momentum`` and are bypassed when Lightning restores modes by assignment. ``Captured``
+therefore derives the graph's mode from its own ``training`` attribute at every call.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from compress.errors import CaptureError
+
+__all__ = ["Captured", "capture", "export_program"]
+
+# Where each operator keeps its train-or-eval argument.
+_MODE_ARGUMENT = {
+    torch.ops.aten.batch_norm.default: 5,
+    torch.ops.aten.dropout.default: 2,
+    torch.ops.aten.dropout_.default: 2,
+    torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.alpha_dropout.default: 2,
+    torch.ops.aten.instance_norm.default: 5,
+    torch.ops.aten.rrelu.default: 3,
+}
+_NORMS = (torch.ops.aten.batch_norm.default,)
+
+
+def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+    """Capture a network with ``torch.export``, the batch dimension dynamic.
+
+    Args:
+        network: In the mode that the graph shall start in.
+        inputs: Example inputs, at least two samples in dimension 0 of each.
+
+    Raises:
+        CaptureError: when the network cannot be captured; the message names the reason.
+    """
+    if isinstance(network, Captured):
+        network.sync_mode()
+        network = network.graph_module
+    batch = torch.export.Dim("batch", min=1, max=65536)
+    try:
+        shapes = tuple({0: batch} for _ in inputs)
+        return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
+    except Exception as error:  # torch.export raises many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CaptureError(
+            f"capture: expected a network that torch.export can capture with a dynamic batch, got {type(network).__name__}: "
+            f"{reason}. Move data-dependent Python control flow and fixed batch sizes out of forward()."
+        ) from error
+
+
+def capture(network: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+    """Return a network as a trainable graph with the same parameters under the same names.
+
+    Args:
+        network: Its parameters are shared, not copied.
+        inputs: Example inputs, at least two samples in dimension 0 of each.
+
+    Raises:
+        CaptureError: when the network cannot be captured.
+
+    Example:
+        >>> net = capture(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), [torch.ones(2, 3)])
+        >>> bool((net.eval()(torch.ones(5, 3)) == net(torch.ones(5, 3))).all())
+        True
+        >>> [name for name, _ in net.named_parameters()]
+        ['0.weight', '0.bias']
+    """
+    training = network.training
+    program = export_program(network.train(), inputs)
+    captured = Captured(program.module(check_guards=False))
+    network.train(training)
+    return captured.train(training)
+
+
+class Captured(nn.Module):
+    """A graph that follows ``.training``, with the parameter names of the network it was captured from.
+
+    Args:
+        graph_module: From ``torch.export``, captured in training mode, or what PT2E made of one.
+
+    Attributes:
+        freeze_batchnorm: While true, BatchNorm uses its running statistics and observers stand still in training too.
+    """
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        # Shared registries, not a child: state_dict keys and parameter names stay what they were before capture.
+        self._parameters, self._buffers, self._modules = (
+            graph_module._parameters,
+            graph_module._buffers,
+            graph_module._modules,
+        )
+        self._graph_module = (graph_module,)
+        self.freeze_batchnorm = False
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The graph itself."""
+        return self._graph_module[0]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the graph in the mode that ``training`` says."""
+        self.sync_mode()
+        return self.graph_module(*inputs)
+
+    def train(self, mode: bool = True) -> Captured:
+        """Set ``training``; the graph follows at the next call."""
+        # Not recursive: exported submodules refuse .train(), and there is nothing in them that has a mode.
+        self.training = mode
+        return self
+
+    def sync_mode(self) -> None:
+        """Write ``training`` and ``freeze_batchnorm`` into the graph where they differ from what stands there."""
+        learning = self.training and not self.freeze_batchnorm
+        changed = False
+        for node in self.graph_module.graph.nodes:
+            position = _MODE_ARGUMENT.get(node.target)
+            if position is None:
+                continue
+            wanted = learning if node.target in _NORMS else self.training
+            if node.args[position] != wanted:
+                node.update_arg(position, wanted)
+                changed = True
+        if changed:
+            self.graph_module.recompile()
+        for module in self.graph_module.modules():
+            enabled = getattr(module, "observer_enabled", None)
+            if isinstance(enabled, Tensor) and bool(enabled[0]) != learning:
+                # Otherwise validation data would move the activation ranges.
+                enabled[0] = int(learning)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
+        twin = Captured(copy.deepcopy(self.graph_module, memo))
+        twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm
+        return twin

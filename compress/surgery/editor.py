@@ -1,0 +1,162 @@
+"""The door through which every structural change enters a fit, on any LightningModule."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor, nn
+
+from compress.errors import EditError
+from compress.surgery.history import Edit, Handler, History, replay
+from compress.surgery.relink import check_strategy, relink_trainer
+
+__all__ = ["ModelEditor", "example_inputs", "history_of", "progress"]
+
+log = logging.getLogger(__name__)
+
+_HISTORY = "_compress_history"
+_KEY = "compress_history"
+
+
+def history_of(pl_module: pl.LightningModule) -> History:
+    """Return the history of a module's network, which the editing callbacks of one fit share."""
+    if _HISTORY not in pl_module.__dict__:
+        pl_module.__dict__[_HISTORY] = History()
+    return pl_module.__dict__[_HISTORY]
+
+
+def progress(trainer: pl.Trainer) -> float:
+    """Return the fraction of training done, in [0, 1].
+
+    Raises:
+        EditError: when the Trainer has no end, so that no fraction exists.
+    """
+    total = trainer.estimated_stepping_batches
+    if total in (float("inf"), 0):
+        raise EditError("trainer.max_epochs: expected a bounded fit, got none. Set max_epochs or max_steps.")
+    return min(1.0, trainer.global_step / total)
+
+
+def example_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, ...]:
+    """Return inputs of the network, two samples each, on the module's device.
+
+    They come from ``example_input_array`` where the module has one, else from the first element of the batch.
+
+    Raises:
+        EditError: when neither gives a tensor.
+    """
+    example = pl_module.example_input_array
+    if example is None:
+        example = batch[0] if isinstance(batch, list | tuple) else batch
+    tensors = tuple(example) if isinstance(example, list | tuple) else (example,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise EditError(
+            f"batch: expected (inputs, ...) with tensors, got {type(example).__name__}. "
+            "Set example_input_array on the LightningModule."
+        )
+    return tuple(tensor[:2].detach().to(pl_module.device) for tensor in tensors)
+
+
+class ModelEditor(Callback):
+    """Base of the callbacks that change a network's structure.
+
+    A subclass says what an edit of its ``kind`` does (``apply``), and calls ``edit`` when one is due. Checkpoints
+    then hold the history, and a fit that resumes replays it before the weights are loaded.
+
+    Args:
+        attribute: Name of the LightningModule's attribute that holds the network.
+    """
+
+    kind: str
+
+    def __init__(self, attribute: str = "student") -> None:
+        self.attribute = attribute
+
+    @abstractmethod
+    def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
+        """Carry out an edit of this callback's kind and return the network to use from then on."""
+
+    def edit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Callable[[], Edit | None]) -> Edit | None:
+        """Plan an edit on rank 0, apply it on every rank and re-link the Trainer.
+
+        Callbacks of the Trainer that have a method ``on_before_edit(trainer, pl_module, edit)`` are called first.
+
+        Args:
+            trainer: In the middle of a fit, between two optimiser steps.
+            pl_module: Holds the network.
+            plan: Called on rank 0 alone; ``None`` means that there is nothing to do.
+
+        Returns:
+            The edit as applied, or ``None``.
+        """
+        edit = trainer.strategy.broadcast(plan() if trainer.is_global_zero else None, src=0)
+        if edit is None:
+            return None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if hasattr(callback, "on_before_edit"):
+                callback.on_before_edit(trainer, pl_module, edit)
+        before = dict(pl_module.named_parameters())
+        setattr(pl_module, self.attribute, self.apply(self.network(pl_module), edit))
+        history_of(pl_module).append(edit)
+        slices = {f"{self.attribute}.{name}": kept for name, kept in edit.data.get("slices", {}).items()}
+        relink_trainer(trainer, pl_module, before, slices)
+        return edit
+
+    def network(self, pl_module: pl.LightningModule) -> nn.Module:
+        """Return the network that this callback edits.
+
+        Raises:
+            EditError: when the module has no such attribute.
+        """
+        network = getattr(pl_module, self.attribute, None)
+        if not isinstance(network, nn.Module):
+            raise EditError(
+                f"{type(self).__name__}.attribute: expected the name of a network of {type(pl_module).__name__}, "
+                f"got {self.attribute!r}. Its networks are: {', '.join(name for name, _ in pl_module.named_children())}."
+            )
+        return network
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Arrange that a checkpoint's history is replayed before its weights are loaded."""
+        self.network(pl_module)
+        if stage == "fit":
+            check_strategy(trainer)
+        if "on_load_checkpoint" in pl_module.__dict__:
+            return  # another editing callback of this Trainer has done it
+        editors = [callback for callback in trainer.callbacks if isinstance(callback, ModelEditor)]  # type: ignore[attr-defined]
+        handlers: dict[str, Handler] = {editor.kind: editor.apply for editor in editors}
+        original = pl_module.on_load_checkpoint
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            self._replay(pl_module, checkpoint, handlers)
+            original(checkpoint)
+
+        # Of all hooks, only the module's own runs between reading a checkpoint and loading its weights.
+        pl_module.on_load_checkpoint = on_load_checkpoint  # type: ignore[method-assign]
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Take the hook of ``setup`` away again."""
+        pl_module.__dict__.pop("on_load_checkpoint", None)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Put the history into the checkpoint."""
+        checkpoint[_KEY] = history_of(pl_module).to_list()
+
+    def _replay(self, pl_module: pl.LightningModule, checkpoint: dict[str, Any], handlers: dict[str, Handler]) -> None:
+        done, wanted = list(history_of(pl_module)), list(History.from_list(checkpoint.get(_KEY, [])))
+        if wanted[: len(done)] != done:
+            raise EditError(
+                "checkpoint: expected the history of this network, got another one. "
+                "Build the network anew before loading this checkpoint."
+            )
+        network = replay(self.network(pl_module), wanted[len(done) :], handlers)
+        setattr(pl_module, self.attribute, network)
+        for edit in wanted[len(done) :]:
+            history_of(pl_module).append(edit)

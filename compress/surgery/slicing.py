@@ -1,0 +1,79 @@
+"""Keep some indices of some tensors: the one operation that structured pruning does to parameters and moments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import EditError
+
+__all__ = ["Slices", "apply_slices", "slice_tensor"]
+
+Slices = Mapping[str, Mapping[str, Sequence[int]]]
+"""``{tensor name: {dimension, as a string for JSON: kept indices}}``."""
+
+
+def slice_tensor(tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
+    """Keep the given indices of each dimension.
+
+    Args:
+        tensor: Any shape.
+        kept: ``{dimension: kept indices}``; a dimension that is not named stays whole.
+
+    Returns:
+        A new tensor in the same memory format.
+
+    Example:
+        >>> slice_tensor(torch.arange(6).view(2, 3), {"1": [0, 2]})
+        tensor([[0, 2],
+                [3, 5]])
+    """
+    for dim, indices in kept.items():
+        tensor = tensor.index_select(int(dim), torch.as_tensor(indices, device=tensor.device, dtype=torch.long))
+    return tensor.clone()
+
+
+def apply_slices(network: nn.Module, slices: Slices, attributes: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    """Shrink a network in place.
+
+    Args:
+        network: A module whose parameters and buffers carry the names in ``slices``.
+        slices: What to keep of each parameter and buffer.
+        attributes: ``{module name: {attribute: new value}}``, such as ``{"conv1": {"out_channels": 8}}``.
+
+    Returns:
+        The same module. Parameters are new objects; their gradients are sliced along.
+
+    Raises:
+        EditError: when a name is missing or an index is out of range; the network is then untouched.
+    """
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, kept in slices.items():
+        if name not in tensors:
+            raise EditError(f"edit: expected a tensor named {name!r}, got none. Is this the network that was edited?")
+        shape = tensors[name].shape
+        for dim, indices in kept.items():
+            if int(dim) >= len(shape) or (indices and max(indices) >= shape[int(dim)]):
+                raise EditError(
+                    f"edit: expected {name} to have index {max(indices, default=0)} in dimension {dim}, "
+                    f"got shape {tuple(shape)}. Is this the network that was edited?"
+                )
+    with torch.no_grad():
+        for name, kept in slices.items():
+            owner_name, _, leaf = name.rpartition(".")
+            owner, old = network.get_submodule(owner_name), tensors[name]
+            new = slice_tensor(old.detach(), kept)
+            if isinstance(old, nn.Parameter):
+                parameter = nn.Parameter(new, requires_grad=old.requires_grad)
+                parameter.grad = None if old.grad is None else slice_tensor(old.grad, kept)
+                setattr(owner, leaf, parameter)
+            else:
+                setattr(owner, leaf, new)
+    for module_name, values in attributes.items():
+        module = network.get_submodule(module_name)
+        for attribute, value in values.items():
+            setattr(module, attribute, tuple(value) if isinstance(value, list) else value)
+    return network
