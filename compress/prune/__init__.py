@@ -1,6 +1,6 @@
 """Structured pruning: which channels belong together, which of them matter least, and when they are removed."""
 
-from compress.prune.callback import StructuredPruning
+from compress.prune.callback import StructuredPruning, replay_prune
 from compress.prune.planner import Group, find_groups, output_layers, plan_removal
 from compress.prune.schedules import SCHEDULES, num_kept
 
@@ -12,4 +12,5 @@ __all__ = [
     "num_kept",
     "output_layers",
     "plan_removal",
+    "replay_prune",
 ]

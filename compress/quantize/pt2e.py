@@ -69,7 +69,9 @@ def convert(prepared: Captured) -> Captured:
 
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
-    return Captured(convert_pt2e(twin.graph_module)).eval()
+    converted = convert_pt2e(twin.graph_module)
+    _drop_unused(converted)
+    return Captured(converted).eval()
 
 
 def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -107,6 +109,14 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     if not (isinstance(node, Node) and node.op == "call_module"):
         return False
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
+
+
+def _drop_unused(graph_module: GraphModule) -> None:
+    """Delete the float weights that conversion replaced: they would be stored in every artefact."""
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in graph_module.state_dict() if name not in used]:
+        owner, _, leaf = name.rpartition(".")
+        delattr(graph_module.get_submodule(owner), leaf)
 
 
 def _norm_constants(graph_module: GraphModule) -> dict[str, tuple[float, float]]:

@@ -1,0 +1,214 @@
+"""The ``compress`` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from compress.errors import CompressError, RecipeError, RunError
+
+__all__ = ["main"]
+
+_EXAMPLES = """\
+examples:
+  compress run recipes/digits.yaml                       the whole job: fit, test, export, bench, report
+  compress run digits --prune.ratio 0.3 --seed 1         a shipped recipe by name, two keys overridden
+  compress run digits --print_config                     the recipe with all its defaults, as YAML
+  compress run --resume runs/digits/2026-01-01_12-00-00  go on with a run that was stopped
+  compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
+  compress bench ARTIFACT                                latency of an artefact's engines on this machine
+  compress predict ARTIFACT images.npy                   labels and probabilities for raw inputs
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    console = Console()
+    sys.path.append(os.getcwd())  # so that class paths may name modules of the user's folder
+    parser = _parser()
+    try:
+        options, rest = parser.parse_known_args(words)
+        return options.command(options, rest, console) or 0
+    except CompressError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        where = os.environ.get("COMPRESS_RUN_DIR")
+        go_on = f" Go on with: compress run --resume {where}" if where else ""
+        Console(stderr=True).print(f"[bold yellow]interrupted.[/]{_escape(go_on)}", soft_wrap=True)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compress",
+        description="Distil, prune and quantise a network, and export it to a checked, fast artefact.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, action: Callable[..., int | None], text: str, **options: object) -> argparse.ArgumentParser:
+        entry = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)  # type: ignore[arg-type]
+        entry.set_defaults(command=action)
+        return entry
+
+    for name, text in [
+        ("run", "fit, test, export, bench and report"),
+        ("fit", "train the stages of a recipe"),
+    ]:
+        entry = command(
+            name,
+            _run if name == "run" else _fit,
+            text,
+            epilog=f"Any key of the recipe can follow by its dotted name: --prune.ratio 0.3 --trainer.max_epochs 5. "
+            f"'compress {name} RECIPE --keys' lists them, '--print_config' shows the recipe with its defaults.",
+        )
+        entry.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file, or the name of a shipped recipe")
+        entry.add_argument("--run_dir", metavar="DIR", help="new directory for the run (default: runs/RECIPE/TIME)")
+        entry.add_argument("--resume", metavar="RUN_DIR", help="go on with a run that was stopped")
+        entry.add_argument("--keys", action="store_true", help="list all keys of a recipe and leave")
+    for name, text in [
+        ("test", "measure every stage of a run on the test split"),
+        ("export", "export a run's final network to an artefact"),
+        ("bench", "measure a run's stages, or an artefact's engines, on this machine"),
+        ("report", "write a run's report.json and report.html and print the table"),
+    ]:
+        entry = command(name, _step, text, epilog="Keys of the recipe can follow by their dotted names.")
+        entry.add_argument("path", metavar="RUN_DIR" if name != "bench" else "RUN_DIR|ARTIFACT")
+        entry.set_defaults(step=name)
+    entry = command("predict", _predict, "predict labels for raw inputs")
+    entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
+    entry.add_argument("inputs", metavar="INPUTS.npy", help="array of raw inputs, one a row")
+    entry.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
+    entry.add_argument("--output", metavar="FILE", help="write JSON there instead of a table here")
+    command("recipes", _recipes, "list the shipped recipes")
+    return parser
+
+
+def _open(options: argparse.Namespace, rest: list[str], console: Console) -> object:
+    from compress.pipeline import create_run, open_run
+    from compress.recipe import find_recipe, make_parser, parse_recipe
+
+    _quiet()
+    if options.keys:
+        make_parser(f"compress run {options.recipe or 'RECIPE'}").print_help()
+        return None
+    if options.resume is not None:
+        if options.recipe is not None:
+            raise RecipeError(
+                f"--resume: expected no recipe beside it, got {options.recipe!r}. The run directory holds its recipe."
+            )
+        return open_run(options.resume, overrides=rest, console=console)
+    if options.recipe is None:
+        raise RecipeError("recipe: expected a YAML file or the name of a shipped recipe, got none. See 'compress recipes'.")
+    path = find_recipe(options.recipe)
+    if any(word.startswith("--print_config") for word in rest):
+        config, parser = parse_recipe(path, [word for word in rest if not word.startswith("--print_config")])
+        print(parser.dump(config))
+        return None
+    return create_run(path, overrides=rest, path=options.run_dir, console=console)
+
+
+def _run(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.pipeline import RunDirectory, run
+
+    opened = _open(options, rest, console)
+    if isinstance(opened, RunDirectory):
+        run(opened)
+
+
+def _fit(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.pipeline import RunDirectory, fit
+
+    opened = _open(options, rest, console)
+    if isinstance(opened, RunDirectory):
+        fit(opened)
+        if opened.is_main_process:
+            console.print(f"run directory: {opened.path}")
+
+
+def _step(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.pipeline import STEPS, open_run
+
+    _quiet()
+    if options.step == "bench" and (Path(options.path) / "manifest.json").exists():
+        _bench_artifact(options.path, rest, console)
+        return
+    run = open_run(options.path, overrides=rest, console=console)
+    STEPS[options.step](run)
+
+
+def _bench_artifact(path: str, rest: list[str], console: Console) -> None:
+    from compress.runtime import load
+
+    if rest:
+        raise RecipeError(f"bench: expected no more words after an artefact, got {' '.join(rest)}. Leave them out.")
+    served = load(path)
+    table = Table(title=f"{path} (served: {served.engine})")
+    for column in ("engine", "batch", "threads", "p50 ms", "p95 ms"):
+        table.add_column(column, justify="right")
+    for row in served.benchmark():
+        table.add_row(row["engine"], str(row["batch"]), str(row["threads"]), f"{row['p50_ms']:.3f}", f"{row['p95_ms']:.3f}")
+    console.print(table)
+
+
+def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    import numpy as np
+
+    from compress.runtime import load
+
+    if rest:
+        raise RecipeError(f"predict: expected no more words, got {' '.join(rest)}. See 'compress predict --help'.")
+    folder = Path(options.path)
+    model = load(folder / "artifact" if (folder / "artifact").is_dir() else folder, engine=options.engine)
+    try:
+        inputs = np.load(options.inputs, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{options.inputs}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error
+    labels, probabilities = model.predict(inputs)
+    rows = [{"label": str(label), "probability": float(p.max())} for label, p in zip(labels, probabilities)]
+    if options.output:
+        temporary = Path(options.output + ".tmp")
+        temporary.write_text(json.dumps(rows, indent=1))
+        os.replace(temporary, options.output)
+        return
+    table = Table("input", "label", "probability")
+    for index, row in enumerate(rows):
+        table.add_row(str(index), str(row["label"]), f"{row['probability']:.3f}")
+    console.print(table)
+
+
+def _recipes(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.recipe import shipped_recipes
+
+    for name, path in shipped_recipes().items():
+        first = path.read_text().splitlines()[0].lstrip("# ")
+        console.print(f"[bold]{name}[/]  {first}  [dim]{path}[/]", soft_wrap=True)
+
+
+def _quiet() -> None:
+    """Keep other libraries' chatter away from what the user reads; they set their levels when they are imported."""
+    warnings.filterwarnings("ignore")
+    for name in ("pytorch_lightning", "lightning.pytorch", "torchao", "torch.onnx", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not os.environ.get("WANDB_API_KEY"):
+        os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

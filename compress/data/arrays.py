@@ -1,0 +1,200 @@
+"""The base of our data modules: raw images in memory, whole batches by one index operation.
+
+The order of the samples is a function of the seed and the epoch alone, and iterating never draws from the global
+random-number generator: a fit that resumes sees what an uninterrupted one would.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pytorch_lightning import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from compress.data.augment import flip_images, shift_images
+from compress.data.loader import ResumableLoader, Tensors
+from compress.errors import DataError, RecipeError
+
+__all__ = ["ArrayDataModule", "ImageSplit", "ImageSplits"]
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Raw images and their classes.
+
+    Args:
+        images: Shape (N, H, W) or (N, H, W, C), as stored.
+        labels: Integer classes, shape (N,).
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise DataError(
+                f"data: expected one label for each of {len(self.images)} images, got {len(self.labels)}. "
+                "Check that both come from the same file set."
+            )
+
+    def take(self, indices: np.ndarray) -> ImageSplit:
+        """Return the samples with these indices."""
+        return ImageSplit(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True)
+class ImageSplits:
+    """What a source gives: three disjoint splits and the names of the classes."""
+
+    train: ImageSplit
+    val: ImageSplit
+    test: ImageSplit
+    classes: Sequence[str]
+
+
+class ArrayDataModule(LightningDataModule):
+    """Image classification from memory; a subclass says in ``load`` where the images come from.
+
+    Batches are ``(x, y)``: x float32 of shape (N, C, H, W), normalised by ``preprocessing``; y int64 of shape (N,).
+    After ``setup`` there are:
+
+    - ``labels``, the names of the classes, and ``num_classes``;
+    - ``input_shape``, (C, H, W);
+    - ``preprocessing``, ``{"scale", "mean", "std", "layout"}``: ``x = (raw * scale - mean) / std`` for raw images laid
+      out as ``layout`` says; mean and std are those of the training images, one for each channel.
+
+    Training images are augmented on the device they train on, by draws from torch's global generator (which
+    checkpoints keep); validation and test images never are.
+
+    Args:
+        batch_size: Samples in a batch, on each device.
+        seed: Of the split and of the order of the training images.
+        shift: Training images move up to this many pixels in each direction.
+        flip: Half of the training images are mirrored left to right.
+        scale: Factor that brings raw values to [0, 1].
+
+    Raises:
+        RecipeError: when ``batch_size`` is not positive or ``shift`` is negative.
+    """
+
+    def __init__(
+        self, *, batch_size: int = 128, seed: int = 0, shift: int = 0, flip: bool = False, scale: float = 1 / 255
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise RecipeError(f"data.batch_size: expected a positive number, got {batch_size}. Use 128, say.")
+        if shift < 0:
+            raise RecipeError(f"data.shift: expected 0 or more pixels, got {shift}. Use 0 for no shifts.")
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shift = shift
+        self.flip = flip
+        self.labels: list[str] = []
+        self.preprocessing: dict[str, Any] = {}
+        self.input_shape: tuple[int, ...] = ()
+        self._scale = scale
+        self._splits: dict[str, _Images] = {}
+
+    @abstractmethod
+    def load(self) -> ImageSplits:
+        """Return all raw images.
+
+        Raises:
+            DataError: when they are missing or malformed; the message says what to do.
+        """
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.labels)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images, once."""
+        if self._splits:
+            return
+        source = self.load()
+        mean, std = _moments(source.train.images, self._scale)
+        splits = {
+            name: _Images(getattr(source, name), scale=self._scale, mean=mean, std=std)
+            for name in ("train", "val", "test")
+        }
+        self.labels = list(source.classes)
+        self.preprocessing = {"scale": self._scale, "mean": mean, "std": std, "layout": "NCHW"}
+        self.input_shape = tuple(splits["train"].tensors[0].shape[1:])
+        self._splits = splits
+
+    def train_dataloader(self) -> DataLoader:
+        """Return a loader of the training images, shuffled anew in each epoch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Return a loader of the validation images, always in the same order."""
+        return self._loader("val", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """Return a loader of the test images, always in the same order."""
+        return self._loader("test", shuffle=False)
+
+    def held_out(self, num: int) -> Tensor:
+        """Return the first ``num`` validation inputs (all, when there are fewer), shape (num, C, H, W)."""
+        self.setup()
+        split = self._splits["val"]
+        return split.__getitems__(list(range(min(num, len(split)))))[0]
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment a batch, when training."""
+        if self.trainer is None or not self.trainer.training:
+            return batch
+        x, y = batch
+        if self.shift:
+            offsets = torch.randint(-self.shift, self.shift + 1, (len(x), 2), device=x.device)
+            x = shift_images(x, offsets, fill=self._background())
+        if self.flip:
+            x = flip_images(x, torch.rand(len(x), device=x.device) < 0.5)
+        return x, y
+
+    def _background(self) -> Tensor:
+        """Return what a raw value of zero becomes, shape (C,)."""
+        return -torch.tensor(self.preprocessing["mean"]) / torch.tensor(self.preprocessing["std"])
+
+    def _loader(self, name: str, *, shuffle: bool) -> DataLoader:
+        self.setup()
+        return ResumableLoader(self._splits[name], batch_size=self.batch_size, shuffle=shuffle, seed=self.seed)
+
+
+class _Images(Tensors):
+    """Raw images, (N, C, H, W), and labels, (N,); what is taken from them is normalised."""
+
+    def __init__(self, split: ImageSplit, *, scale: float, mean: list[float], std: list[float]) -> None:
+        images = torch.from_numpy(np.ascontiguousarray(split.images))
+        images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
+        super().__init__(images, torch.from_numpy(np.array(split.labels, dtype=np.int64)))
+        self._scale = scale
+        self._mean = torch.tensor(mean)[:, None, None]
+        self._std = torch.tensor(std)[:, None, None]
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        return tuple(rows[0] for rows in self.__getitems__([index]))
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
+        images, labels = super().__getitems__(indices)
+        return (images.to(torch.float32) * self._scale - self._mean) / self._std, labels
+
+
+def _moments(images: np.ndarray, scale: float) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of each channel of (N, H, W[, C]) images, to four places."""
+    pixels = images.reshape(-1, images.shape[3] if images.ndim == 4 else 1)
+    mean = pixels.mean(axis=0, dtype=np.float64) * scale
+    std = np.array([channel.std(dtype=np.float64) for channel in pixels.T]) * scale
+    if not (std > 1e-4).all():
+        raise DataError(
+            f"data: expected training images that vary in every channel, got standard deviations {std.tolist()}. "
+            "Check the files."
+        )
+    return mean.round(4).tolist(), std.round(4).tolist()

@@ -1,0 +1,46 @@
+"""One file per engine: how its form of the network is built, and how its kernels are counted.
+
+Each module has ``FILE``, ``build(program, path)``, ``census(path)`` and ``requires()``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from compress.errors import CompressError
+
+__all__ = ["TARGETS", "Census", "ExportSkippedError"]
+
+TARGETS = {
+    "eager": "compress.export.targets.eager",
+    "aoti": "compress.export.targets.aoti",
+    "onnxruntime": "compress.export.targets.onnxruntime",
+}
+
+
+@dataclass(frozen=True)
+class Census:
+    """The matrix kernels (convolutions and matrix products) of a compiled graph.
+
+    Args:
+        int8_kernels: How many take integers.
+        float_kernels: How many take floats.
+        details: Counts by kernel name.
+
+    Example:
+        >>> Census(9, 1).int8_fraction
+        0.9
+    """
+
+    int8_kernels: int
+    float_kernels: int
+    details: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def int8_fraction(self) -> float:
+        """Fraction of int8 among all, 0 when there are none."""
+        return self.int8_kernels / max(1, self.int8_kernels + self.float_kernels)
+
+
+class ExportSkippedError(CompressError):
+    """A target cannot be built on this machine; the others can."""

@@ -1,0 +1,67 @@
+"""An ONNX file with explicit quantize and dequantize nodes, fused to integer kernels by ONNX Runtime when it loads."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from compress.errors import MissingPackageError
+from compress.export.targets import Census
+
+__all__ = ["FILE", "build", "census", "requires"]
+
+FILE = "model.onnx"
+
+_LARGE = 1_900_000_000  # bytes; a protobuf file ends at 2 GiB
+_INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "QAttention"}
+_FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU"}
+
+
+def build(program: ExportedProgram, path: Path) -> None:
+    """Translate the program.
+
+    Raises:
+        MissingPackageError: when onnx or onnxscript is not installed.
+    """
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("onnxscript", "all") from error
+    size = sum(tensor.numel() * tensor.element_size() for tensor in program.state_dict.values())
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
+        translated = torch.onnx.export(program, dynamo=True)
+    assert translated is not None
+    translated.save(str(path), external_data=size > _LARGE)
+
+
+def census(path: Path) -> Census:
+    """Count the kernels of the graph as ONNX Runtime optimises it here."""
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "all") from error
+    with tempfile.TemporaryDirectory() as folder:
+        optimised = Path(folder) / "optimised.onnx"
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(optimised)
+        onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        counts = Counter(node.op_type for node in onnx.load(str(optimised), load_external_data=False).graph.node)
+    int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
+    kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
+    return Census(int8, floats, kept)
+
+
+def requires() -> dict[str, Any]:
+    """Return what a machine needs: nothing but ONNX Runtime, which compiles on loading."""
+    return {}

@@ -1,0 +1,99 @@
+"""Latency as ratios that can be trusted: all candidates in one interleaved run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["Latency", "measure_latency"]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency of one call.
+
+    Args:
+        p50_ms: Median, in milliseconds.
+        p95_ms: 95th percentile, in milliseconds.
+        num_runs: How many calls were counted.
+    """
+
+    p50_ms: float
+    p95_ms: float
+    num_runs: int
+
+
+def measure_latency(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    warmup: int = 5,
+    block: int = 6,
+    min_runs: int = 20,
+    progress: bool = False,
+) -> dict[str, Latency]:
+    """Time several calls in turn, so that a drift of the machine's speed meets all of them alike.
+
+    Each round runs every call ``block`` times in a row; the first of a block is not counted, since it pays for the
+    caches and for threads of the engine before it that still spin.
+
+    Args:
+        calls: What to time, by name.
+        seconds: Time for each call.
+        warmup: Runs of each call before timing starts.
+        block: Runs in a row.
+        min_runs: Least number of counted runs, however long they take.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Latency by name.
+
+    Example:
+        >>> measured = measure_latency({"nothing": lambda: None}, seconds=0.01)
+        >>> measured["nothing"].num_runs >= 20
+        True
+    """
+    for call in calls.values():
+        for _ in range(warmup):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    with _progress_bar(progress) as advance:
+        pending = list(calls)
+        while pending:
+            for name in pending:
+                call = calls[name]
+                for run in range(block):
+                    start = time.perf_counter()
+                    call()
+                    duration = time.perf_counter() - start
+                    spent[name] += duration
+                    if run:
+                        times[name].append(duration)
+            pending = [name for name in calls if spent[name] < seconds or len(times[name]) < min_runs]
+            advance(sum(min(1.0, value / seconds) for value in spent.values()) / len(spent))
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def _summary(times: list[float]) -> Latency:
+    p50, p95 = np.percentile(np.array(times) * 1e3, [50, 95])
+    return Latency(float(p50), float(p95), len(times))
+
+
+def _progress_bar(show: bool) -> Any:
+    if not show:
+        return nullcontext(lambda fraction: None)
+    from rich.progress import Progress
+
+    class _Bar(Progress):
+        def __enter__(self) -> Any:
+            super().__enter__()
+            task = self.add_task("measuring latency", total=1.0)
+            return lambda fraction: self.update(task, completed=fraction)
+
+    return _Bar(transient=True)

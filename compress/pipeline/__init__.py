@@ -1,0 +1,23 @@
+"""The main job: recipe -> fit -> test -> export -> bench -> report, each step on a run directory."""
+
+from compress.pipeline.bench import bench
+from compress.pipeline.export import export
+from compress.pipeline.fit import fit
+from compress.pipeline.report import report
+from compress.pipeline.rundir import RunDirectory, create_run, open_run
+from compress.pipeline.test import test
+
+__all__ = ["STEPS", "RunDirectory", "bench", "create_run", "export", "fit", "open_run", "report", "run", "test"]
+
+STEPS = {"fit": fit, "test": test, "export": export, "bench": bench, "report": report}
+
+
+def run(directory: RunDirectory) -> None:
+    """Do all steps that a run directory does not have yet; a run that died goes on where it stood.
+
+    Args:
+        directory: From ``create_run`` or ``open_run``.
+    """
+    for name, step in STEPS.items():
+        if directory.is_main_process or name == "fit":
+            step(directory)

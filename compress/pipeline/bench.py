@@ -1,0 +1,108 @@
+"""Measure every stage: cost by counting, latency in one interleaved run, memory in a fresh process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.measure.cost import macs, num_bytes, num_params
+from compress.measure.latency import measure_latency
+from compress.measure.memory import peak_memory, peak_memory_of
+from compress.pipeline.rundir import RunDirectory
+from compress.runtime import CompactModel, load
+from compress.surgery import Captured
+
+__all__ = ["BATCH_SIZES", "bench"]
+
+BATCH_SIZES = (1, 32)
+
+
+def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
+    """Measure the stages and the artefact on this machine.
+
+    Args:
+        run: After ``export``.
+        seconds: Time given to each network at each batch size.
+
+    Leaves ``bench.json``: ``{stage: {num_params, macs, bytes, peak_memory, latency}}``, the artefact's with its
+    metrics on the test split and with ``artifact_bytes``.
+    """
+    if (run.path / "bench.json").exists():
+        return
+    run.console.rule("[bold]bench[/]")
+    networks = {stage: run.network(stage)[0] for stage in run.stages()}
+    served = load(run.artifact)
+    engines = {name: load(run.artifact, engine=name) for name in served.manifest.targets}
+    sample = run.held_out[:1]
+    results: dict[str, dict[str, Any]] = {}
+    for stage, network in networks.items():
+        results[stage] = {
+            "num_params": num_params(network),
+            "macs": macs(network, (sample,)),
+            "bytes": num_bytes(network),
+            "peak_memory": None if isinstance(network, Captured) else peak_memory_of(network, (sample,)),
+            "latency": [],
+        }
+    file = served.manifest.targets[served.engine]
+    results["artifact"] = {
+        **results["final"],
+        "bytes": file.bytes,
+        "artifact_bytes": sum(path.stat().st_size for path in run.artifact.iterdir()),
+        "peak_memory": peak_memory("compress.runtime.loading:load_and_call", str(run.artifact), served.engine),
+        "engine": served.engine,
+        "metrics": _test_served(run, served),
+        "latency": [],
+    }
+    plain = {stage: network for stage, network in networks.items() if not isinstance(network, Captured)}
+    for batch in BATCH_SIZES:
+        for row in _latencies(plain, engines, run.held_out[:batch], seconds):
+            stage = row.pop("stage")
+            results[stage]["latency"].append({"batch": batch, **row})
+    results["artifact"]["latency"].sort(key=lambda row: (row["engine"] != served.engine, row["batch"]))
+    run.write_json("bench", results)
+
+
+def _latencies(
+    networks: dict[str, nn.Module], engines: dict[str, CompactModel], inputs: Tensor, seconds: float
+) -> list[dict[str, Any]]:
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    for stage, network in networks.items():
+        calls[stage, "eager"] = _eager(network, inputs)
+    array = inputs.numpy()
+    for name, model in engines.items():
+        calls["artifact", name] = _engine(model, inputs if name != "onnxruntime" else array)
+    measured = measure_latency({"/".join(key): call for key, call in calls.items()}, seconds=seconds, progress=True)
+    return [
+        {
+            "stage": stage,
+            "engine": engine,
+            "threads": torch.get_num_threads(),
+            "p50_ms": measured[f"{stage}/{engine}"].p50_ms,
+            "p95_ms": measured[f"{stage}/{engine}"].p95_ms,
+        }
+        for stage, engine in calls
+    ]
+
+
+def _eager(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return network(inputs)
+
+    return call
+
+
+def _engine(model: CompactModel, inputs: Any) -> Callable[[], object]:
+    return lambda: model(inputs)
+
+
+def _test_served(run: RunDirectory, model: CompactModel) -> dict[str, float]:
+    data = run.recipe.data
+    data.setup("test")
+    metrics = run.recipe.task.metrics("")
+    for inputs, targets in data.test_dataloader():
+        metrics.update(model(inputs), targets)
+    return {name: float(value) for name, value in metrics.compute().items()}

@@ -1,0 +1,56 @@
+"""Turn the final network into a checked artefact."""
+
+from __future__ import annotations
+
+from compress.export import Gates, export_artifact
+from compress.pipeline.rundir import RunDirectory
+from compress.quantize import convert
+from compress.surgery import Captured
+from compress.surgery.capture import export_program
+
+__all__ = ["export"]
+
+
+def export(run: RunDirectory) -> None:
+    """Build the artefact from ``final.pt`` and check it against the trained network.
+
+    Leaves ``artifact/``.
+
+    Raises:
+        ExportError: when a target fails a gate; no artefact is left then.
+    """
+    if run.artifact.exists():
+        return
+    run.console.rule("[bold]export[/]")
+    network, history = run.network("final")
+    settings, data = run.recipe.export, run.recipe.data
+    inputs = (run.held_out,)
+    scheme = None
+    deployed = network
+    if isinstance(network, Captured):
+        scheme = next(edit.data["scheme"] for edit in history if edit.kind == "quantize")
+        deployed = convert(network)
+    metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
+    manifest = export_artifact(
+        export_program(deployed, tuple(tensor[:2] for tensor in inputs)),
+        run.artifact,
+        targets=settings.targets,
+        reference=network,
+        held_out=inputs,
+        scheme=scheme,
+        gates=Gates(
+            max_relative_error=settings.max_relative_error,
+            min_top1_agreement=settings.min_top1_agreement,
+            min_int8_fraction=settings.min_int8_fraction,
+        ),
+        metadata={
+            "name": run.recipe.name,
+            "task": type(run.recipe.task).__name__.lower(),
+            "labels": getattr(data, "labels", None),
+            "preprocessing": getattr(data, "preprocessing", None),
+            "metrics": metrics,
+            "history": history.to_list(),
+        },
+        progress=True,
+    )
+    run.console.print(f"artefact: {run.artifact} ({', '.join(manifest.targets)})")

@@ -1,0 +1,116 @@
+"""Put what the steps measured into one honest picture."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from compress.measure.cost import widths
+from compress.measure.machine import describe_machine
+from compress.measure.report import LatencyRow, Report, Stage, report_table, write_report
+from compress.pipeline.rundir import RunDirectory
+
+__all__ = ["report"]
+
+
+def report(run: RunDirectory) -> None:
+    """Write ``report.json`` and ``report.html``, print the table and log it where the recipe says."""
+    run.console.rule("[bold]report[/]")
+    tested, measured = run.read_json("test"), run.read_json("bench")
+    scheme = any(edit.kind == "quantize" for edit in run.network("final")[1])
+    last = "final" if scheme or run.snapshot("pruned").exists() or run.snapshot("distilled").exists() else None
+    names = {
+        "teacher": "teacher",
+        "baseline": "student alone",
+        "distilled": "distilled",
+        "pruned": "pruned",
+        "final": _final_name(run),
+    }
+    stages = [
+        _stage(names[stage], tested[stage], measured[stage])
+        for stage in run.stages()
+        if not (stage == "final" and scheme)  # the artefact stands for it
+    ]
+    artifact = measured["artifact"]
+    stages.append(_stage("int8 artefact" if scheme else "artefact", artifact["metrics"], artifact))
+    result = Report(
+        recipe=run.recipe.name,
+        command=shlex.join(["compress", *sys.argv[1:]]),
+        seed=run.recipe.seed,
+        task_metric=run.recipe.task.metric,
+        stages=stages,
+        curves=_curves(run),
+        widths=_widths(run) if last else [],
+        machine=describe_machine(),
+        notes=_notes(run, tested),
+    )
+    html = write_report(result, run.path)
+    run.console.print(report_table(result))
+    _log(run, result)
+    run.console.print(f"report: {Path(html)}")
+
+
+def _stage(name: str, metrics: dict[str, float], measured: dict[str, Any]) -> Stage:
+    return Stage(
+        name=name,
+        metrics=metrics,
+        num_params=measured["num_params"],
+        macs=measured["macs"],
+        bytes=measured["bytes"],
+        peak_memory=measured["peak_memory"],
+        latency=[LatencyRow(**row) for row in measured["latency"]],
+        artifact_bytes=measured.get("artifact_bytes"),
+    )
+
+
+def _final_name(run: RunDirectory) -> str:
+    return "pruned" if run.recipe.prune is not None else "distilled" if run.recipe.teacher is not None else "student"
+
+
+def _curves(run: RunDirectory) -> dict[str, list[list[float]]]:
+    curves = {}
+    for phase in ("teacher", "baseline", "student"):
+        if (run.path / "logs" / f"{phase}.json").exists():
+            for name, points in run.read_json(f"logs/{phase}").items():
+                curves[f"{phase}: {name}"] = points
+    return curves
+
+
+def _widths(run: RunDirectory) -> list[dict[str, Any]]:
+    before = widths(run.recipe.student)
+    stage = "pruned" if run.snapshot("pruned").exists() else "final"
+    after = widths(run.network(stage)[0])
+    return [{"layer": name, "before": before[name], "after": after[name]} for name in before if name in after]
+
+
+def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
+    recipe = run.recipe
+    notes = [
+        f"Test split measured once per stage, last-epoch weights, one seed ({recipe.seed}).",
+        "Latency: all networks interleaved in one process; teacher to pruned in eager fp32.",
+        "Bytes: state_dict on disk for stages, the served engine's file for the artefact.",
+    ]
+    if "baseline" in tested:
+        notes.append("Student alone: the same student from the same initial weights, trained on labels for the same epochs.")
+    if recipe.prune is not None and recipe.teacher is not None:
+        notes.append(
+            f"Distilled: the student just before its first removal, at {recipe.prune.start:.0%} of the epochs; "
+            "the learning rate has not come down yet."
+        )
+    return notes
+
+
+def _log(run: RunDirectory, result: Report) -> None:
+    """Log the table's figures to the recipe's loggers (TensorBoard, W&B)."""
+    logger = run.recipe.trainer.get("logger")
+    loggers = [] if not logger or logger is True else logger if isinstance(logger, list | tuple) else [logger]
+    for entry in loggers:
+        for stage in result.stages:
+            key = stage.name.replace(" ", "_")
+            figures = {f"report/{key}/{name}": value for name, value in stage.metrics.items()}
+            figures[f"report/{key}/bytes"] = float(stage.bytes)
+            figures |= {f"report/{key}/p50_ms_batch_{row.batch}_{row.engine}": row.p50_ms for row in stage.latency}
+            entry.log_metrics(figures)
+        entry.finalize("success")

@@ -1,0 +1,176 @@
+"""A run directory: where every step of a run finds what the step before it left."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from torch import Tensor, nn
+
+from compress.errors import RunError
+from compress.prune import replay_prune
+from compress.quantize import replay_quantize
+from compress.recipe import Recipe, build_recipe, parse_recipe
+from compress.surgery import History, load_snapshot
+
+__all__ = ["HANDLERS", "RunDirectory", "create_run", "open_run"]
+
+HANDLERS = {"prune": replay_prune, "quantize": replay_quantize}
+
+# Processes that a launcher starts for the other ranks run the same command: they must land in the same directory.
+_RANKS_SHARE = "COMPRESS_RUN_DIR"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """A recipe and the files of one run of it.
+
+    Args:
+        path: The directory.
+        recipe: What is run.
+        console: Where progress is told.
+    """
+
+    path: Path
+    recipe: Recipe
+    console: Console
+
+    @property
+    def is_main_process(self) -> bool:
+        """Whether this process writes files (rank 0)."""
+        return getattr(rank_zero_only, "rank", 0) == 0
+
+    @property
+    def artifact(self) -> Path:
+        """The artefact's directory."""
+        return self.path / "artifact"
+
+    def snapshot(self, stage: str) -> Path:
+        """Return the file with the history and weights of a stage."""
+        return self.path / "checkpoints" / f"{stage}.pt"
+
+    def resume_point(self, phase: str) -> Path:
+        """Return the full checkpoint from which a phase of the fit goes on."""
+        return self.path / "checkpoints" / f"{phase}.last.ckpt"
+
+    def read_json(self, name: str) -> Any:
+        """Return the content of ``name.json``.
+
+        Raises:
+            RunError: when the step that writes it has not been done.
+        """
+        path = self.path / f"{name}.json"
+        if not path.exists():
+            raise RunError(f"{path}: expected the result of an earlier step, got none. Run 'compress {name} {self.path}'.")
+        return json.loads(path.read_text())
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write ``name.json``, under a temporary name first."""
+        path = self.path / f"{name}.json"
+        temporary = path.with_suffix(".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(content, indent=1))
+        os.replace(temporary, path)
+
+    def network(self, stage: str) -> tuple[nn.Module, History]:
+        """Rebuild the network of a stage from its snapshot, in eval mode on the CPU.
+
+        Raises:
+            RunError: when the fit has not got there.
+        """
+        path = self.snapshot(stage)
+        if not path.exists():
+            raise RunError(f"{path}: expected the stage {stage!r} of the fit, got none. Run 'compress fit {self.path}'.")
+        model = self.recipe.teacher.model if stage == "teacher" and self.recipe.teacher else self.recipe.student
+        network, history = load_snapshot(path, copy.deepcopy(model).cpu(), HANDLERS)
+        return network.eval(), history
+
+    @cached_property
+    def held_out(self) -> Tensor:
+        """Validation inputs, the first of the validation loader, shape (n, ...)."""
+        data = self.recipe.data
+        data.prepare_data()
+        data.setup("fit")
+        loader = data.val_dataloader()
+        batches: list[Tensor] = []
+        for batch in loader:
+            batches.append(batch[0])
+            if sum(map(len, batches)) >= self.recipe.export.num_held_out:
+                break
+        return torch.cat(batches)[: self.recipe.export.num_held_out]
+
+    def stages(self) -> list[str]:
+        """Return the stages of the fit that have a snapshot, in the order of the report."""
+        names = ["teacher", "baseline", "distilled", "pruned", "final"]
+        return [name for name in names if self.snapshot(name).exists()]
+
+
+def create_run(
+    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), path: str | Path | None = None, console: Console | None = None
+) -> RunDirectory:
+    """Make a new run directory.
+
+    Args:
+        recipe: A YAML file, or a recipe built in Python.
+        overrides: Command-line words that override keys of the file.
+        path: The directory; ``runs/<recipe>/<time>`` without one.
+        console: Where progress is told.
+
+    Raises:
+        RunError: when the directory exists and is not empty.
+        RecipeError: when the recipe is wrong; nothing is written then.
+    """
+    console = console or Console()
+    if isinstance(recipe, Recipe):
+        built, text = recipe, None
+    else:
+        config, parser = parse_recipe(recipe, overrides)
+        built = build_recipe(config, parser, name=Path(recipe).stem)
+        text = parser.dump(config)
+    given = path or os.environ.get(_RANKS_SHARE)
+    directory = Path(given) if given else Path("runs") / built.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if not os.environ.get(_RANKS_SHARE):
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise RunError(
+                f"{directory}: expected a new or empty run directory, got one that exists. "
+                f"Choose another --run_dir, or go on with: compress run --resume {directory}"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        if text is not None:
+            temporary = directory / "recipe.yaml.tmp"
+            temporary.write_text(f"# recipe: {built.name}\n{text}")
+            os.replace(temporary, directory / "recipe.yaml")
+    os.environ[_RANKS_SHARE] = str(directory.resolve())
+    return RunDirectory(directory, built, console)
+
+
+def open_run(path: str | Path, *, overrides: Sequence[str] = (), console: Console | None = None) -> RunDirectory:
+    """Open an existing run directory, with the recipe that is kept in it.
+
+    Args:
+        path: The directory.
+        overrides: Command-line words that override keys for what is done now.
+        console: Where progress is told.
+
+    Raises:
+        RunError: when it is no run directory.
+    """
+    directory = Path(path)
+    file = directory / "recipe.yaml"
+    if not file.is_file():
+        raise RunError(f"{directory}: expected a run directory with a recipe.yaml, got none. Start one: compress run RECIPE.")
+    first = file.read_text().splitlines()[:1]
+    name = first[0].removeprefix("# recipe: ") if first and first[0].startswith("# recipe: ") else directory.parent.name
+    config, parser = parse_recipe(file, overrides)
+    os.environ[_RANKS_SHARE] = str(directory.resolve())
+    return RunDirectory(directory, build_recipe(config, parser, name=name), console or Console())

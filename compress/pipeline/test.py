@@ -1,0 +1,38 @@
+"""Judge every stage once on the test split."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from torch import nn
+
+from compress.distill import Distiller
+from compress.pipeline.rundir import RunDirectory
+from compress.quantize import convert
+from compress.surgery import Captured
+
+__all__ = ["test", "test_network"]
+
+
+def test(run: RunDirectory) -> None:
+    """Measure the task's metrics of every stage on the test split; the last one as the integer network.
+
+    Leaves ``test.json``: ``{stage: {metric: value}}``.
+    """
+    if (run.path / "test.json").exists():
+        return
+    run.console.rule("[bold]test[/]")
+    metrics = {}
+    for stage in run.stages():
+        network, _ = run.network(stage)
+        metrics[stage] = test_network(run, convert(network) if isinstance(network, Captured) else network)
+    run.write_json("test", metrics)
+
+
+def test_network(run: RunDirectory, network: nn.Module) -> dict[str, float]:
+    """Return the metrics of a network on the test split, in float32 on the CPU."""
+    module = Distiller(network, task=run.recipe.task, optimizer=run.recipe.optimizer)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+    )
+    (result,) = trainer.test(module, datamodule=run.recipe.data, verbose=False)
+    return {name.removeprefix("test/"): value for name, value in result.items()}

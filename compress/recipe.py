@@ -1,0 +1,245 @@
+"""What a recipe is, how one is read from YAML and the command line, and what makes one invalid.
+
+A recipe is a plain dataclass, so Python users build one from objects; a YAML file names the same objects by
+``class_path`` and ``init_args``. Reading is jsonargparse's, as in LightningCLI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import pytorch_lightning as pl
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from pytorch_lightning import LightningDataModule
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from compress.distill import DistillationLoss, LearningRateSchedule, SoftTarget, Task
+from compress.errors import CompressError, RecipeError
+from compress.export import TARGETS
+from compress.prune import StructuredPruning
+from compress.quantize import QuantizationAwareTraining
+
+__all__ = ["Distill", "Export", "Recipe", "Teacher", "build_recipe", "find_recipe", "make_parser", "parse_recipe", "shipped_recipes"]
+
+
+@dataclass
+class Teacher:
+    """The network to learn from.
+
+    Args:
+        model: The network.
+        checkpoint: File with its weights; without one the teacher is trained first, and kept for the next run.
+        max_epochs: Epochs of that training.
+    """
+
+    model: nn.Module
+    checkpoint: Optional[str] = None
+    max_epochs: int = 10
+
+
+@dataclass
+class Distill:
+    """How the student is taught.
+
+    Args:
+        losses: Losses between student and teacher, each with its weight; the loss against labels has the rest.
+        channels_last: Give images to the networks in channels-last memory format: faster in bf16.
+    """
+
+    losses: list[DistillationLoss] = field(default_factory=lambda: [SoftTarget()])
+    channels_last: bool = False
+
+
+@dataclass
+class Export:
+    """What the artefact holds and what it must pass.
+
+    Args:
+        targets: Engines to build for.
+        max_relative_error: Largest distance of an engine's outputs from the trained module's, relative to their norm.
+        min_top1_agreement: Least fraction of held-out inputs on which an engine and the trained module agree.
+        min_int8_fraction: Least fraction of a compiled graph's matrix kernels that must be int8, when quantised.
+        num_held_out: Validation inputs on which engines and the trained module are compared.
+    """
+
+    targets: list[str] = field(default_factory=lambda: ["eager", "aoti", "onnxruntime"])
+    max_relative_error: float = 0.1
+    min_top1_agreement: float = 0.98
+    min_int8_fraction: float = 0.5
+    num_held_out: int = 512
+
+
+@dataclass
+class Recipe:
+    """A model, a teacher, data, and the steps to take.
+
+    Args:
+        student: The network to compress.
+        data: A LightningDataModule with train, validation and test loaders that give ``(inputs, targets)``.
+        task: The loss against labels and the metrics.
+        optimizer: Makes an optimiser from parameters.
+        scheduler: A learning-rate schedule.
+        teacher: The network to learn from; without one the student learns from labels alone.
+        distill: How it is taught.
+        prune: The pruning callback, or none.
+        quantize: The quantization-aware training callback, or none.
+        trainer: Arguments of ``pytorch_lightning.Trainer``.
+        export: What the artefact holds and must pass.
+        baseline: Also train the student alone for the same epochs, for comparison.
+        seed: Of all random numbers.
+        name: What the run is called.
+        config: The recipe as parsed, when it came from a file.
+    """
+
+    student: nn.Module
+    data: LightningDataModule
+    task: Task
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    scheduler: Union[LearningRateSchedule, Callable[[Optimizer], LRScheduler], None] = None
+    teacher: Optional[Teacher] = None
+    distill: Distill = field(default_factory=Distill)
+    prune: Optional[StructuredPruning] = None
+    quantize: Optional[QuantizationAwareTraining] = None
+    trainer: Mapping[str, Any] = field(default_factory=dict)
+    export: Export = field(default_factory=Export)
+    baseline: bool = True
+    seed: int = 0
+    name: str = "recipe"
+    config: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        mistakes = list(_mistakes(self))
+        if mistakes:
+            raise RecipeError("\n".join(mistakes))
+
+
+def _mistakes(recipe: Recipe) -> Iterable[str]:
+    """Yield everything that is wrong between the keys, so that the user mends it in one go."""
+    if recipe.prune is not None and recipe.quantize is not None and recipe.quantize.start <= recipe.prune.end:
+        yield (
+            f"quantize.start: expected a value after prune.end ({recipe.prune.end}), got {recipe.quantize.start}. "
+            "Quantised networks are not pruned: prune first, recover, then quantise."
+        )
+    if recipe.trainer.get("max_epochs") is None and recipe.trainer.get("max_steps", -1) in (-1, None):
+        yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."
+    if recipe.teacher is not None and recipe.teacher.max_epochs < 1:
+        yield f"teacher.max_epochs: expected at least 1, got {recipe.teacher.max_epochs}. Use 10, say."
+    unknown = sorted(set(recipe.export.targets) - set(TARGETS))
+    if unknown or not recipe.export.targets:
+        yield (
+            f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}. "
+            "Name at least one target."
+        )
+    for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
+        value = getattr(recipe.export, key)
+        if not 0 <= value <= 1:
+            yield f"export.{key}: expected a value in [0, 1], got {value}. It is a fraction."
+    for editor in (recipe.prune, recipe.quantize):
+        if editor is not None and editor.attribute != "student":
+            yield f"{editor.kind}.attribute: expected 'student', got {editor.attribute!r}. Leave it out of a recipe."
+
+
+def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
+    """Return the parser that knows every key of a recipe."""
+    parser = ArgumentParser(
+        prog=prog,
+        exit_on_error=False,
+        description="Every key of a recipe can be overridden by its dotted name, e.g. --prune.ratio 0.3 "
+        "--trainer.max_epochs 5 --teacher.model.init_args.width 32; --prune null leaves a section out.",
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="the recipe file")
+    parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
+    parser.add_argument("--student", type=nn.Module, required=True, help="the network to compress")
+    parser.add_argument("--teacher", type=Optional[Teacher], default=None, help="the network to learn from")
+    parser.add_argument("--data", type=LightningDataModule, required=True, help="the data module")
+    parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")
+    parser.add_argument("--distill", type=Distill, default=Distill(), help="how the student is taught")
+    parser.add_argument("--prune", type=Optional[StructuredPruning], default=None, help="structured pruning")
+    parser.add_argument("--quantize", type=Optional[QuantizationAwareTraining], default=None, help="quantization")
+    parser.add_argument(
+        "--optimizer", type=Callable[[Iterable[nn.Parameter]], Optimizer], required=True, help="makes the optimiser"
+    )
+    parser.add_argument(
+        "--scheduler",
+        type=Union[LearningRateSchedule, Callable[[Optimizer], LRScheduler], None],
+        default=None,
+        help="learning-rate schedule",
+    )
+    parser.add_argument("--export", type=Export, default=Export(), help="what the artefact holds and must pass")
+    parser.add_argument("--baseline", type=bool, default=True, help="also train the student alone, for comparison")
+    parser.add_class_arguments(pl.Trainer, "trainer", instantiate=False)
+    return parser
+
+
+def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Namespace, ArgumentParser]:
+    """Read a recipe file and apply overrides, without building anything.
+
+    Args:
+        path: A YAML file.
+        overrides: Command-line words, e.g. ``["--prune.ratio", "0.3"]``.
+
+    Returns:
+        The parsed keys and the parser that can dump them.
+
+    Raises:
+        RecipeError: naming the key that is unknown, of a wrong type, or whose class path does not import.
+    """
+    parser = make_parser()
+    try:
+        return parser.parse_args(["--config", str(path), *overrides]), parser
+    except (argparse.ArgumentError, TypeError, ValueError) as error:
+        raise RecipeError(f"{path}: {_plain(error)}") from error
+
+
+def build_recipe(config: Namespace, parser: ArgumentParser, *, name: str) -> Recipe:
+    """Build the objects that a parsed recipe names.
+
+    Raises:
+        RecipeError: when an object refuses its arguments, or keys contradict each other.
+    """
+    pl.seed_everything(config.seed, workers=True, verbose=False)
+    plain = Namespace(config)
+    plain.pop("config", None)
+    try:
+        built = parser.instantiate(config)
+    except CompressError:
+        raise
+    except Exception as error:  # any constructor of any class
+        raise RecipeError(f"recipe: expected arguments that build, got {_plain(error)}") from error
+    names = {entry.name for entry in fields(Recipe)} - {"config", "name"}
+    values = {key: value for key, value in vars(built).items() if key in names}
+    values["trainer"] = vars(built.trainer)
+    return Recipe(**values, name=name, config=plain.as_dict())
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name."""
+    folders = [Path(sys.prefix) / "share" / "compress" / "recipes", Path(__file__).parent.parent / "recipes"]
+    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        RecipeError: when there is no such file; the message lists the shipped recipes.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = shipped_recipes()
+    if name in shipped:
+        return shipped[name]
+    raise RecipeError(f"recipe: expected a file or one of {', '.join(shipped)}, got {name!r}. Give the path of a YAML file.")
+
+
+def _plain(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:800]

@@ -1,0 +1,44 @@
+"""What executes an artefact, one file each with the same small interface."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+__all__ = ["ENGINES", "Engine", "make_engine"]
+
+ENGINES = {
+    "eager": "compress.runtime.engines.eager",
+    "aoti": "compress.runtime.engines.aoti",
+    "onnxruntime": "compress.runtime.engines.onnxruntime",
+}
+"""Engine name to the module whose ``make(path, num_threads)`` builds it, in the order of portability."""
+
+
+class Engine(Protocol):
+    """Runs a batch.
+
+    Attributes:
+        takes: ``"torch"`` or ``"numpy"``: what it takes and gives.
+    """
+
+    takes: str
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the outputs of a batch."""
+
+
+def make_engine(name: str, path: Path, *, num_threads: int | None = None) -> Engine:
+    """Load an engine's file.
+
+    Args:
+        name: A key of ``ENGINES``.
+        path: The file.
+        num_threads: Threads of one call; the engine's default without it.
+
+    Raises:
+        MissingPackageError: when the engine's library is not installed.
+    """
+    return import_module(ENGINES[name]).make(path, num_threads)

@@ -1,0 +1,45 @@
+"""A package compiled ahead of time by Inductor for one kind of processor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import MissingPackageError
+
+__all__ = ["AOTIEngine", "make"]
+
+
+class AOTIEngine:
+    """Runs an AOTInductor package.
+
+    Args:
+        path: The package. It is native code: only from a trusted source.
+    """
+
+    takes = "torch"
+
+    def __init__(self, path: Path) -> None:
+        import torch
+
+        self._torch = torch
+        self._package = torch._inductor.aoti_load_package(str(path))
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the outputs of a batch of tensors."""
+        with self._torch.no_grad():
+            outputs = self._package(*(tensor.contiguous() for tensor in inputs))
+        return [outputs] if self._torch.is_tensor(outputs) else list(outputs)
+
+
+def make(path: Path, num_threads: int | None) -> AOTIEngine:
+    """Load the package; ``num_threads`` sets torch's number for the whole process."""
+    try:
+        import torch
+        import torch._inductor
+    except ImportError as error:
+        raise MissingPackageError("torch", "all") from error
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
+    return AOTIEngine(path)

@@ -1,0 +1,45 @@
+"""An ONNX file in ONNX Runtime: needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compress.errors import MissingPackageError
+
+__all__ = ["ONNXRuntimeEngine", "make"]
+
+
+class ONNXRuntimeEngine:
+    """Runs an ONNX file on the CPU.
+
+    Args:
+        path: The file.
+        num_threads: Threads of one call.
+    """
+
+    takes = "numpy"
+
+    def __init__(self, path: Path, num_threads: int | None) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if num_threads is not None:
+            options.intra_op_num_threads = num_threads
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._names = [entry.name for entry in self._session.get_inputs()]
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the outputs of a batch of arrays."""
+        return self._session.run(None, dict(zip(self._names, inputs)))
+
+
+def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
+    """Open a session."""
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("onnxruntime", "all") from error
+    return ONNXRuntimeEngine(path, num_threads)

@@ -1,0 +1,144 @@
+"""What an artefact says of itself: ``manifest.json``, read and checked before anything in it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from compress.errors import ArtifactError
+
+__all__ = ["FORMAT_VERSION", "Manifest", "Target", "TensorSpec", "check_file", "read_manifest", "sha256"]
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output.
+
+    Args:
+        name: In the engine files.
+        dtype: As numpy names it.
+        shape: Sizes; ``None`` where any size goes, as in the batch dimension.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One engine's file.
+
+    Args:
+        file: Name within the artefact.
+        bytes: Its size.
+        sha256: Its checksum.
+        census: Kernel counts of the compiled graph.
+        agreement: Distance from the trained module on held-out inputs.
+        requires: What a machine needs for it: architecture, processor flags, package versions.
+    """
+
+    file: str
+    bytes: int
+    sha256: str
+    census: Mapping[str, Any] = field(default_factory=dict)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
+    requires: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """An artefact's description.
+
+    Args:
+        name: What the artefact is called.
+        created: When, in ISO 8601, UTC.
+        task: What it is for, e.g. ``"classification"``.
+        inputs: Its inputs, in order.
+        outputs: Its outputs, in order.
+        targets: Files by engine.
+        labels: Names of the classes.
+        preprocessing: How raw values become inputs: ``(raw * scale - mean) / std``.
+        scheme: The quantization scheme, or ``None`` for floats.
+        metrics: Of the trained network on the test split.
+        history: The edits that made the network.
+        versions: Of the packages that made the artefact.
+        skipped: Why a wanted target is not there, by engine.
+        format_version: Of this file.
+    """
+
+    name: str
+    created: str
+    task: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    targets: Mapping[str, Target]
+    labels: list[str] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    scheme: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    history: list[Any] = field(default_factory=list)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+
+def read_manifest(path: str | Path) -> Manifest:
+    """Read an artefact's manifest.
+
+    Args:
+        path: The artefact's directory.
+
+    Raises:
+        ArtifactError: when there is none, or it is damaged or of a later format.
+    """
+    file = Path(path) / "manifest.json"
+    if not file.is_file():
+        raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give the artefact's directory.")
+    try:
+        content = json.loads(file.read_text())
+        version = content["format_version"]
+        if version == FORMAT_VERSION:
+            return Manifest(
+                **{
+                    **content,
+                    "inputs": _specs(content["inputs"]),
+                    "outputs": _specs(content["outputs"]),
+                    "targets": {str(name): Target(**target) for name, target in content["targets"].items()},
+                }
+            )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArtifactError(f"{file}: expected a manifest, got {type(error).__name__}: {error}. Export again.") from error
+    raise ArtifactError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}. Update compress.")
+
+
+def sha256(path: Path) -> str:
+    """Return a file's checksum in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_file(directory: Path, target: Target) -> Path:
+    """Return the path of a target's file once its checksum is right.
+
+    Raises:
+        ArtifactError: when the file is missing, outside the artefact, or not the one that was exported.
+    """
+    path = directory / target.file
+    if path.resolve().parent != directory.resolve():
+        raise ArtifactError(f"{directory}: expected files inside the artefact, got {target.file!r}. Do not use it.")
+    if not path.is_file():
+        raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
+    if sha256(path) != target.sha256:
+        raise ArtifactError(f"{path}: expected SHA-256 {target.sha256[:12]}…, got another. It was changed; export again.")
+    return path
+
+
+def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)

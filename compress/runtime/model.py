@@ -1,0 +1,177 @@
+"""The small wrapper that serves an artefact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compress.errors import ArtifactError
+from compress.measure.latency import measure_latency
+from compress.runtime.engines import Engine
+from compress.runtime.manifest import Manifest, TensorSpec
+
+__all__ = ["CompactModel"]
+
+
+class CompactModel:
+    """A compact network behind one call, whatever engine runs it.
+
+    Made by ``compress.load``. Call it with tensors or arrays of shape (N, ...): the outputs are of the same kind.
+
+    Args:
+        manifest: What the artefact says of itself.
+        engine: Name of the engine that serves.
+        make: Returns a loaded engine by name.
+        engines: Names of all engines that can run here.
+        num_threads: Threads of a call, for the record.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: str,
+        make: Callable[[str], Engine],
+        *,
+        engines: Sequence[str],
+        num_threads: int,
+    ) -> None:
+        self.manifest = manifest
+        self.engine = engine
+        self.engines = tuple(engines)
+        self.num_threads = num_threads
+        self._make = make
+        self._run = make(engine)
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run a batch.
+
+        Args:
+            inputs: One tensor or array for each input of the manifest; any batch size.
+
+        Returns:
+            The output, or a tuple of several; tensors for tensors, arrays for arrays.
+
+        Raises:
+            ArtifactError: when number, shape or dtype of the inputs is not what the manifest says.
+        """
+        self._check(inputs)
+        outputs = _call(self._run, inputs)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def predict(self, raw: Any) -> tuple[list[str] | list[int], np.ndarray]:
+        """Predict labels for raw values, with the manifest's preprocessing.
+
+        Args:
+            raw: Array of shape (N, H, W), (N, C, H, W) or whatever the input has, values as they are stored.
+
+        Returns:
+            Labels (class numbers where the manifest has none), and probabilities of shape (N, classes).
+
+        Raises:
+            ArtifactError: when the shape does not fit.
+        """
+        logits = np.asarray(self(preprocess(np.asarray(raw), self.manifest)), dtype=np.float64)
+        exponents = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities = exponents / exponents.sum(-1, keepdims=True)
+        best = probabilities.argmax(-1)
+        names = self.manifest.labels
+        return [names[i] for i in best] if names else [int(i) for i in best], probabilities
+
+    def benchmark(self, batch_sizes: Sequence[int] = (1, 32), *, seconds: float = 1.0) -> list[dict[str, Any]]:
+        """Measure all engines that can run here, interleaved.
+
+        Args:
+            batch_sizes: Batch sizes.
+            seconds: Time for each engine at each batch size.
+
+        Returns:
+            Rows with ``batch, engine, threads, p50_ms, p95_ms``.
+        """
+        runs = {name: self._run if name == self.engine else self._make(name) for name in self.engines}
+        rows = []
+        for batch in batch_sizes:
+            measured = measure_latency(
+                {name: example_call(run, self.manifest, batch) for name, run in runs.items()}, seconds=seconds
+            )
+            for name, latency in measured.items():
+                rows.append(
+                    {
+                        "batch": batch,
+                        "engine": name,
+                        "threads": self.num_threads,
+                        "p50_ms": latency.p50_ms,
+                        "p95_ms": latency.p95_ms,
+                    }
+                )
+        return rows
+
+    def __repr__(self) -> str:
+        return f"CompactModel({self.manifest.name!r}, engine={self.engine!r}, scheme={self.manifest.scheme!r})"
+
+    def _check(self, inputs: Sequence[Any]) -> None:
+        specs = self.manifest.inputs
+        if len(inputs) != len(specs):
+            names = ", ".join(spec.name for spec in specs)
+            raise ArtifactError(f"inputs: expected {len(specs)} ({names}), got {len(inputs)}. Give one for each.")
+        for spec, value in zip(specs, inputs):
+            shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+            fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
+            if not fits or shape[:1] == (0,):
+                raise ArtifactError(f"{spec.name}: expected shape {_shown(spec)}, got {shape}. Reshape the input.")
+            if dtype != spec.dtype:
+                raise ArtifactError(f"{spec.name}: expected dtype {spec.dtype}, got {dtype}. Convert the input.")
+
+
+def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Turn raw values into the network's input: ``(raw * scale - mean) / std`` by channel.
+
+    Args:
+        raw: Shape (N, H, W) for one channel, else as the input.
+        manifest: With ``preprocessing``; without any, values only change their dtype.
+
+    Returns:
+        Array of the input's dtype.
+    """
+    spec = manifest.inputs[0]
+    if raw.ndim == len(spec.shape) - 1 and spec.shape[1] == 1:
+        raw = raw[:, None]
+    steps: Mapping[str, Any] = manifest.preprocessing or {}
+    if not steps:
+        return raw.astype(spec.dtype)
+    wide = (1, -1) + (1,) * (raw.ndim - 2)
+    mean, std = (np.asarray(steps[key], dtype=np.float32).reshape(wide) for key in ("mean", "std"))
+    return ((raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std).astype(spec.dtype)
+
+
+def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], object]:
+    """Return a call that runs an engine on a batch of random inputs."""
+    generator = np.random.default_rng(0)
+    inputs: list[Any] = []
+    for spec in manifest.inputs:
+        shape = (batch, *(size or 1 for size in spec.shape[1:]))
+        values = generator.standard_normal(shape)
+        inputs.append(values.astype(spec.dtype) if "float" in spec.dtype else np.zeros(shape, spec.dtype))
+    if engine.takes == "torch":
+        import torch
+
+        inputs = [torch.from_numpy(array) for array in inputs]
+    return lambda: engine(inputs)
+
+
+def _call(engine: Engine, inputs: Sequence[Any]) -> list[Any]:
+    given = "numpy" if isinstance(inputs[0], np.ndarray) else "torch"
+    if given == engine.takes:
+        return engine(inputs)
+    if given == "numpy":
+        import torch
+
+        return [output.numpy() for output in engine([torch.from_numpy(array) for array in inputs])]
+    import torch
+
+    return [torch.from_numpy(output) for output in engine([tensor.detach().cpu().numpy() for tensor in inputs])]
+
+
+def _shown(spec: TensorSpec) -> str:
+    return "(" + ", ".join("N" if size is None else str(size) for size in spec.shape) + ")"

@@ -1,0 +1,50 @@
+"""What a compiled file needs of a machine, written at export and checked at load."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from compress.measure.machine import cpu_flags
+
+__all__ = ["native_requirements", "why_not"]
+
+# Flags that change which instructions a compiler emits for -march=native.
+_INSTRUCTION_SETS = ("avx", "amx", "fma", "f16c", "bmi", "sse4", "gfni", "vaes", "vpclmul", "movbe", "adx")
+
+
+def native_requirements() -> dict[str, Any]:
+    """Return what code compiled natively on this machine needs to run elsewhere."""
+    return {
+        "system": platform.system(),
+        "arch": platform.machine(),
+        "flags": sorted(flag for flag in cpu_flags() if flag.startswith(_INSTRUCTION_SETS)),
+        "torch": ".".join(metadata.version("torch").split(".")[:2]),
+    }
+
+
+def why_not(requires: Mapping[str, Any]) -> str | None:
+    """Say why this machine cannot run a file, or ``None`` when it can.
+
+    Example:
+        >>> why_not({"arch": "pdp11"})
+        'built for pdp11...'
+    """
+    here = {"system": platform.system(), "arch": platform.machine()}
+    for key, value in here.items():
+        if requires.get(key, value) != value:
+            return f"built for {requires[key]}, this is {value}"
+    flags = cpu_flags()
+    missing = sorted(set(requires.get("flags", [])) - flags) if flags else []
+    if missing:
+        return f"this processor lacks {', '.join(missing[:6])}"
+    if "torch" in requires:
+        try:
+            version = ".".join(metadata.version("torch").split(".")[:2])
+        except metadata.PackageNotFoundError:
+            return "torch is not installed"
+        if version != requires["torch"]:
+            return f"built with torch {requires['torch']}, this is {version}"
+    return None

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Format, lint, types, walls and tests. Arguments go to pytest, e.g.: scripts/test.sh tests/data -k digits
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+prepare_environment dev,data
+cd "$root"
+heading "ruff format --check"
+ruff format --check .
+heading "ruff check"
+ruff check .
+heading "mypy"
+mypy
+heading "lint-imports"
+lint-imports
+heading "pytest${*:+ $*}"
+python -m pytest "$@"

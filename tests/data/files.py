@@ -1,0 +1,28 @@
+"""Small files in the form of Fashion-MNIST."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+
+
+def pack_idx(array: np.ndarray) -> bytes:
+    """Return an array of unsigned bytes in idx form, unpacked."""
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+def write_fashion_mnist(folder: Path, *, num_train: int = 60, num_test: int = 20) -> dict[str, np.ndarray]:
+    """Write the four files with random images and return what they hold, by file name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    arrays = {
+        f"{name}-{kind}.gz": generator.integers(0, 256, (num, 28, 28)) if "images" in kind else np.arange(num) % 10
+        for name, num in (("train", num_train), ("t10k", num_test))
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    }
+    for file, array in arrays.items():
+        (folder / file).write_bytes(gzip.compress(pack_idx(array.astype(np.uint8))))
+    return arrays
