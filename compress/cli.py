@@ -34,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)  # a file or a pipe has no edge to wrap at
     sys.path.append(os.getcwd())  # so that class paths may name modules of the user's folder
     parser = _parser()
     try:

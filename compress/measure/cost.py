@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["macs", "num_bytes", "num_params", "widths"]
@@ -25,23 +28,25 @@ def num_params(network: nn.Module) -> int:
 def macs(network: nn.Module, inputs: Sequence[Tensor]) -> int:
     """Count the multiply-accumulates of one forward pass, in eval mode.
 
-    Convolutions, matrix products and attention count; element-wise operations do not.
+    Convolutions, matrix products, recurrent layers and attention count; element-wise operations do not.
 
     Args:
-        network: Left in the mode it was in.
+        network: Each of its modules is left in the mode it was in.
         inputs: Inputs of that pass; give a batch of one to get the cost of a sample.
 
     Example:
         >>> macs(nn.Linear(3, 2), [torch.ones(1, 3)])
         6
     """
-    training = network.training
+    modes = [(module, module.training) for module in network.modules()]
     counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter:
+        with torch.no_grad(), _without_fused_layers(), counter:
             network.eval()(*inputs)
     finally:
-        network.train(training)
+        # By attribute, since train() would set all children alike (and captured graphs refuse it below the top).
+        for module, mode in modes:
+            module.training = mode
     return counter.get_total_flops() // 2
 
 
@@ -58,9 +63,9 @@ def num_bytes(network: nn.Module) -> int:
 
 
 def widths(network: nn.Module) -> dict[str, int]:
-    """Return the number of outputs of each layer that has a weight matrix, by the layer's name.
+    """Return the number of outputs of each convolution and linear layer, by the layer's name.
 
-    Works on captured graphs too, whose layers are bare parameter holders.
+    Works on captured graphs too, whose layers are bare holders of parameters.
 
     Example:
         >>> widths(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
@@ -69,8 +74,22 @@ def widths(network: nn.Module) -> dict[str, int]:
     found = {}
     for name, parameter in network.named_parameters():
         layer, _, leaf = name.rpartition(".")
-        if leaf == "weight" and parameter.dim() > 1:
-            module = network.get_submodule(layer)
+        module = network.get_submodule(layer)
+        if leaf == "weight" and parameter.dim() > 1 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
             transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
             found[layer] = parameter.shape[1] * module.groups if transposed else parameter.shape[0]
     return found
+
+
+@contextmanager
+def _without_fused_layers() -> Iterator[None]:
+    """Take PyTorch's plain paths: the flop counter sees nothing of a fused LSTM, encoder layer or CPU attention."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # these flags warn about TF32 on machines without Intel GPUs
+            with torch.backends.mkldnn.flags(enabled=False), sdpa_kernel(SDPBackend.MATH):
+                yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

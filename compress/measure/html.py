@@ -1,101 +1,63 @@
-"""The report as one page that needs nothing else: no network, no scripts."""
+"""The report as one HTML page that needs nothing else: no network, no script."""
 
 from __future__ import annotations
 
-from html import escape
+from typing import Any
 
-from compress.measure.plots import curves_plot, tradeoff_plot, widths_plot
-from compress.measure.report import COLUMNS, Report, rows, size
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
-__all__ = ["render"]
+from compress.measure.page import PAGE
+from compress.measure.plots import NUM_SERIES, picture_svg, training_svg, widths_svg
+from compress.measure.results import Report
+from compress.measure.table import table_rows
+from compress.measure.units import as_bytes, as_metric, as_ms, as_points, as_ratio
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2024; --soft: #60656c; --line: #d9dce0; --paper: #fff; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e8eaed; --soft: #9aa0a6; --line: #3a3f45; --paper: #16181b; --accent: #56b4e9; }
-}
-body { margin: 0 auto; max-width: 68rem; padding: 2.5rem 1.5rem; background: var(--paper); color: var(--ink);
-       font: 15px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2.6rem 0 .6rem; }
-.sub, figcaption, .notes { color: var(--soft); }
-code { font: 13px ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-.gains { display: flex; flex-wrap: wrap; gap: 1rem 3rem; margin: 1.8rem 0; }
-.gains strong { display: block; font-size: 2.4rem; line-height: 1.1; color: var(--accent); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { padding: .45rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
-th:last-child, td:last-child { text-align: left; }
-tr:last-child td { border-bottom: 0; }
-figure { margin: 0; } svg { max-width: 100%; height: auto; }
-.machine td { white-space: normal; font-weight: 400 !important; text-align: left; }
-"""
+__all__ = ["render_html"]
 
 
-def render(report: Report) -> str:
-    """Return the page."""
-    sections = [
-        _header(report),
-        _stages(report),
-        _figure("Accuracy, latency and size", tradeoff_plot(report), "The area of a point is its size on disk."),
-        _engines(report),
-        _figure("Training", curves_plot(report.curves, report.task_metric), "Validation split, after each epoch."),
-        _figure("Width of each layer", widths_plot(report.widths), "Before and after pruning."),
-        _facts(report),
+def render_html(report: Report) -> str:
+    """Return the page.
+
+    Args:
+        report: With at least one stage; its text is escaped.
+    """
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pictures = {
+        "picture": picture_svg(report),
+        "training": training_svg(report.curves, first=report.task_metric),
+        "widths": widths_svg(report.widths),
+    }
+    return environment.from_string(PAGE).render(
+        report=report,
+        gains=_gains(report),
+        rows=table_rows(report),
+        colors=_colors(report),
+        artifact_bytes=as_bytes(report.stages[-1].artifact_bytes) if report.stages[-1].artifact_bytes else "",
+        **{name: Markup(svg) for name, svg in pictures.items()},
+    )
+
+
+def _gains(report: Report) -> list[dict[str, str]]:
+    """Return the large figures: figure, what it says, and the two values behind it."""
+    first, last, gains = report.stages[0], report.stages[-1], report.gains
+    before, after = first.latency_at(1), last.latency_at(1)
+    size, smaller = as_ratio(gains.size, better="smaller on disk", worse="larger on disk")
+    speed, faster = as_ratio(gains.latency, better="faster at batch 1", worse="slower at batch 1")
+    return [
+        {"figure": size, "words": smaller, "detail": f"{as_bytes(first.bytes)} → {as_bytes(last.bytes)}"},
+        {
+            "figure": speed,
+            "words": faster,
+            "detail": f"{as_ms(before.p50_ms)} → {as_ms(after.p50_ms)} ms" if before and after else "not measured",
+        },
+        {
+            "figure": as_points(gains.metric_points),
+            "words": f"points of {report.task_metric}",
+            "detail": f"{as_metric(report.metric(first))} → {as_metric(report.metric(last))}",
+        },
     ]
-    title = f"{escape(report.recipe)} · compress"
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body>\n" + "\n".join(sections) + "\n</body></html>\n"
-    )
 
 
-def _header(report: Report) -> str:
-    gains = report.gains()
-    first, last = report.stages[0].name, report.stages[-1].name
-    figures = [(f"{gains['smaller']:.1f}×", "smaller on disk")]
-    if "faster" in gains:
-        figures.append((f"{gains['faster']:.1f}×", "faster at batch 1"))
-    if "points" in gains:
-        figures.append((f"{gains['points']:+.2f}", f"points of test {report.task_metric}"))
-    shown = "".join(f"<div><strong>{value}</strong>{escape(text)}</div>" for value, text in figures)
-    return (
-        f"<h1>{escape(report.recipe)}</h1><div class=sub>{escape(last)} against {escape(first)} · "
-        f"<code>{escape(report.command)}</code></div><div class=gains>{shown}</div>"
-    )
-
-
-def _stages(report: Report) -> str:
-    names = [report.task_metric if column == "metric" else column for column in COLUMNS]
-    return "<h2>Stages</h2>" + _table(names, rows(report)) + (
-        "<p class=sub>Latency is p50 / p95 in milliseconds. "
-        f"The whole artefact, all engines together, is {size(report.stages[-1].artifact_bytes)}.</p>"
-    )
-
-
-def _engines(report: Report) -> str:
-    found = report.stages[-1].latency
-    cells = [
-        [row.engine, str(row.batch), str(row.threads), f"{row.p50_ms:.3f}", f"{row.p95_ms:.3f}"]
-        for row in sorted(found, key=lambda row: (row.batch, row.p50_ms))
-    ]
-    return "<h2>Engines of the artefact</h2>" + _table(["engine", "batch", "threads", "p50 ms", "p95 ms"], cells)
-
-
-def _facts(report: Report) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in report.notes)
-    machine = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(str(v))}</td></tr>" for k, v in report.machine.items())
-    return f"<h2>How to read this</h2><ul class=notes>{notes}</ul><h2>Machine</h2><table class=machine>{machine}</table>"
-
-
-def _table(names: list[str], cells: list[list[str]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in names)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _figure(title: str, svg: str | None, caption: str) -> str:
-    if svg is None:
-        return ""
-    return f"<h2>{escape(title)}</h2><figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+def _colors(report: Report) -> dict[str, Any]:
+    return {stage.name: index % NUM_SERIES for index, stage in enumerate(report.stages)}

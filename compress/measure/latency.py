@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from compress.errors import RecipeError
+
 __all__ = ["Latency", "measure_latency"]
 
 
@@ -33,31 +35,37 @@ def measure_latency(
     *,
     seconds: float = 1.0,
     warmup: int = 5,
-    block: int = 6,
+    block_seconds: float = 0.05,
+    pause_seconds: float = 0.01,
     min_runs: int = 20,
     progress: bool = False,
 ) -> dict[str, Latency]:
     """Time several calls in turn, so that a drift of the machine's speed meets all of them alike.
 
-    Each round runs every call ``block`` times in a row; the first of a block is not counted, since it pays for the
-    caches and for threads of the engine before it that still spin.
+    Each round runs every call for a while in a row, after a pause in which the threads of the engine before it stop
+    spinning; the first run of a block is not counted, since it pays for cold caches.
 
     Args:
         calls: What to time, by name.
         seconds: Time for each call.
         warmup: Runs of each call before timing starts.
-        block: Runs in a row.
+        block: Runs in a row, at least 2.
         min_runs: Least number of counted runs, however long they take.
         progress: Whether to show a progress bar.
 
     Returns:
         Latency by name.
 
+    Raises:
+        RecipeError: when ``seconds`` is not positive.
+
     Example:
         >>> measured = measure_latency({"nothing": lambda: None}, seconds=0.01)
         >>> measured["nothing"].num_runs >= 20
         True
     """
+    if not seconds > 0:
+        raise RecipeError(f"seconds: expected a positive number, got {seconds}. Use 1.0 for a second of each call.")
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -67,17 +75,24 @@ def measure_latency(
         pending = list(calls)
         while pending:
             for name in pending:
-                call = calls[name]
-                for run in range(block):
-                    start = time.perf_counter()
-                    call()
-                    duration = time.perf_counter() - start
-                    spent[name] += duration
-                    if run:
-                        times[name].append(duration)
+                time.sleep(pause_seconds)
+                durations = _block(calls[name], block_seconds)
+                spent[name] += sum(durations)
+                times[name] += durations[1:]
             pending = [name for name in calls if spent[name] < seconds or len(times[name]) < min_runs]
             advance(sum(min(1.0, value / seconds) for value in spent.values()) / len(spent))
     return {name: _summary(values) for name, values in times.items()}
+
+
+def _block(call: Callable[[], object], seconds: float) -> list[float]:
+    durations: list[float] = []
+    spent = 0.0
+    while spent < seconds or len(durations) < 3:
+        start = time.perf_counter()
+        call()
+        durations.append(time.perf_counter() - start)
+        spent += durations[-1]
+    return durations
 
 
 def _summary(times: list[float]) -> Latency:
@@ -94,6 +109,7 @@ def _progress_bar(show: bool) -> Any:
         def __enter__(self) -> Any:
             super().__enter__()
             task = self.add_task("measuring latency", total=1.0)
-            return lambda fraction: self.update(task, completed=fraction)
+            return lambda fraction: self.update(task, completed=fraction, refresh=True)
 
-    return _Bar(transient=True)
+    # Drawn between rounds only: a thread that redraws would take its share of what is measured.
+    return _Bar(transient=True, auto_refresh=False)

@@ -1,131 +1,234 @@
-"""The report's pictures, as SVG text."""
+"""The report's pictures as SVG that takes its colours and its font from the page, light or dark."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from compress.measure.report import Report, size
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from compress.measure.labels import Box, place_labels
+from compress.measure.results import Report
+from compress.measure.units import as_bytes, as_ms
 
-__all__ = ["curves_plot", "tradeoff_plot", "widths_plot"]
+__all__ = ["NUM_SERIES", "picture_svg", "training_svg", "widths_svg"]
 
-# Okabe and Ito's palette: told apart by colour-blind readers, legible on light and dark.
-_COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
-_GREY = "#808080"
+NUM_SERIES = 6
+
+# Colours that stand for the page's own until the SVG is written.
+_FOREGROUND, _MUTED, _LINE, _BACKGROUND = "#010a01", "#010a02", "#010a03", "#010a04"
+_SERIES = [f"#010b{index:02x}" for index in range(NUM_SERIES)]
+_VARIABLES = {_FOREGROUND: "fg", _MUTED: "muted", _LINE: "line", _BACKGROUND: "bg"} | {
+    color: f"series-{index}" for index, color in enumerate(_SERIES)
+}
+_STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "compress",
+    "font.size": 9.5,
+    "text.color": _FOREGROUND,
+    "axes.labelcolor": _MUTED,
+    "axes.edgecolor": _LINE,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": _FOREGROUND,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": _LINE,
+    "grid.linewidth": 0.7,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _MUTED,
+    "ytick.labelcolor": _MUTED,
+}
+_AREA = (60.0, 1800.0)  # square points, of the smallest bubble that can be seen and of the largest stage
 
 
-def tradeoff_plot(report: Report) -> str | None:
-    """Draw the metric against latency at batch 1, the area of a point being its size on disk."""
-    points = [
-        (stage.name, row.p50_ms, 100 * stage.metrics[report.task_metric], stage.bytes)
-        for stage in report.stages
-        if (row := stage.at(1)) and report.task_metric in stage.metrics
-    ]
+def picture_svg(report: Report) -> str:
+    """Draw test metric against latency at batch 1, one bubble a stage, its area in proportion to the bytes.
+
+    Returns:
+        An ``<svg>`` element; empty where no stage has both figures.
+    """
+    points = []
+    for index, stage in enumerate(report.stages):
+        row, metric = stage.latency_at(1), report.metric(stage)
+        if row and metric is not None and math.isfinite(metric):
+            points.append((index, stage.name, row.p50_ms, 100 * metric, stage.bytes))
     if not points:
-        return None
-    figure, axes = _figure(7.2, 4.0)
-    largest = max(num_bytes for *_, num_bytes in points)
-    axes.set_xscale("log")
-    for index, (_, latency, metric, num_bytes) in enumerate(points):
-        area = 40 + 900 * num_bytes / largest
-        axes.scatter(latency, metric, s=area, color=_COLOURS[index % 6], alpha=0.75, edgecolor="none")
-    low, high = min(p[2] for p in points), max(p[2] for p in points)
-    margin = max(0.2, 0.35 * (high - low))
-    axes.set_ylim(low - margin, high + margin)
-    axes.set_xlim(min(p[1] for p in points) / 2, max(p[1] for p in points) * 2)
-    _label(axes, points, low - margin, high + margin)
-    axes.set_xlabel("latency at batch 1, ms (p50, log scale)")
-    axes.set_ylabel(f"test {report.task_metric}, %")
-    _plain_ticks(axes)
-    return _svg(figure)
+        return ""
+    with mpl.rc_context(_STYLE):
+        figure = _figure(9.2, 4.6)
+        axes = figure.add_subplot()
+        x, y, sizes = (np.array(column, dtype=float) for column in list(zip(*points))[2:])
+        areas = np.maximum(_AREA[0], _AREA[1] * sizes / sizes.max())
+        for (index, *_), left, height, area in zip(points, x, y, areas):
+            color = _SERIES[index % NUM_SERIES]
+            axes.scatter(left, height, s=area, color=color, alpha=0.35, linewidths=0)
+            axes.scatter(left, height, s=14, color=color, linewidths=0)
+        _log_latency_axis(axes, x)
+        _metric_limits(axes, y)
+        axes.set_xlabel("latency at batch 1, median, ms (log scale)")
+        axes.set_ylabel(f"test {report.task_metric}, %")
+        texts = [f"{name}\n{as_ms(ms)} ms · {as_bytes(num_bytes)}" for _, name, ms, _, num_bytes in points]
+        _write_labels(figure, axes, np.stack([x, y], 1), areas, texts, [_SERIES[p[0] % NUM_SERIES] for p in points])
+        return _svg(figure, f"{report.task_metric} against latency and size of each stage")
 
 
-def curves_plot(curves: Mapping[str, list[list[float]]], metric: str) -> str | None:
-    """Draw the validation metric of each phase over its epochs."""
-    chosen = {name.split(":")[0]: points for name, points in curves.items() if name.endswith(f"val/{metric}") and points}
-    if not chosen:
-        return None
-    figure, axes = _figure(7.2, 3.2)
-    for index, (name, points) in enumerate(chosen.items()):
-        epochs, values = zip(*points)
-        axes.plot(epochs, [100 * value for value in values], color=_COLOURS[index % 6], label=name, marker=".", lw=1.6)
-    axes.set_xlabel("epoch")
-    axes.set_ylabel(f"validation {metric}, %")
-    axes.legend(frameon=False, labelcolor=_GREY)
-    return _svg(figure)
+def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], *, first: str = "") -> str:
+    """Draw training curves: a panel a metric, a line a phase.
+
+    Args:
+        curves: Points ``[epoch, value]`` by ``"phase: metric"``.
+        first: Metrics whose name holds this come first.
+
+    Returns:
+        An ``<svg>`` element; empty where there are no curves.
+    """
+    panels: dict[str, dict[str, np.ndarray]] = {}
+    for name, points in curves.items():
+        phase, _, metric = name.rpartition(": ")
+        if len(points):
+            panels.setdefault(metric, {})[phase] = np.array(points, dtype=float)
+    if not panels:
+        return ""
+    phases = list(dict.fromkeys(phase for lines in panels.values() for phase in lines))
+    order = sorted(panels, key=lambda name: (not (first and first in name), not name.startswith("val"), name))
+    columns = min(3, len(order))
+    rows = math.ceil(len(order) / columns)
+    with mpl.rc_context(_STYLE):
+        figure = _figure(9.2, 2.5 * rows + 0.4)
+        for position, metric in enumerate(order):
+            axes = figure.add_subplot(rows, columns, position + 1)
+            for phase, points in panels[metric].items():
+                color = _SERIES[phases.index(phase) % NUM_SERIES]
+                marker = "o" if len(points) == 1 else None
+                axes.plot(points[:, 0], points[:, 1], color=color, label=phase, linewidth=1.4, marker=marker, ms=4)
+            axes.set_title(metric)
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.yaxis.set_major_locator(MaxNLocator(5))
+            if position >= len(order) - columns:
+                axes.set_xlabel("epoch")
+            if "loss" in metric and _spans_decades(list(panels[metric].values())):
+                axes.set_yscale("log")
+                axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+                axes.yaxis.set_minor_formatter(NullFormatter())
+        if phases != [""]:
+            handles = [mpl.lines.Line2D([], [], color=_SERIES[i % NUM_SERIES]) for i in range(len(phases))]
+            figure.legend(
+                handles, phases, loc="outside upper right", ncols=len(phases), frameon=False, labelcolor=_FOREGROUND
+            )
+        return _svg(figure, "training curves")
 
 
-def widths_plot(widths: list[dict[str, Any]]) -> str | None:
-    """Draw the outputs of each layer before and after pruning."""
+def widths_svg(widths: Sequence[Mapping[str, Any]]) -> str:
+    """Draw each layer's width as a bar: the whole is before, the filled part after.
+
+    Args:
+        widths: ``{"layer", "before", "after"}``, first layer first.
+
+    Returns:
+        An ``<svg>`` element; empty where there are no layers.
+    """
     if not widths:
-        return None
-    figure, axes = _figure(7.2, 0.8 + 0.24 * len(widths))
-    positions = range(len(widths))
-    axes.barh(positions, [row["before"] for row in widths], color=_GREY, alpha=0.35, height=0.72, label="before")
-    axes.barh(positions, [row["after"] for row in widths], color=_COLOURS[0], height=0.42, label="after")
-    axes.set_yticks(positions, [row["layer"] for row in widths], fontsize=7)
-    axes.invert_yaxis()
-    axes.set_xlabel("outputs (channels or features)")
-    axes.legend(frameon=False, labelcolor=_GREY, loc="best")
-    return _svg(figure)
+        return ""
+    with mpl.rc_context({**_STYLE, "axes.grid": False}):
+        figure = _figure(9.2, 0.21 * len(widths) + 0.4)
+        axes = figure.add_subplot()
+        y = np.arange(len(widths))
+        before, after = ([row[key] for row in widths] for key in ("before", "after"))
+        axes.barh(y, before, height=0.66, color=_LINE, linewidth=0)
+        axes.barh(y, after, height=0.66, color=_SERIES[0], linewidth=0)
+        for position, row in enumerate(widths):
+            same = row["before"] == row["after"]
+            text = f"{row['before']}" if same else f"{row['before']} → {row['after']}"
+            end = max(row["before"], row["after"])
+            axes.annotate(
+                text, (end, position), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_MUTED
+            )
+        axes.set_yticks(y, [_shorten(str(row["layer"])) for row in widths], fontsize=8.5)
+        axes.set_ylim(len(widths) - 0.4, -0.6)
+        axes.set_xlim(0, 1.12 * max(*before, *after))
+        axes.tick_params(length=0)
+        axes.xaxis.set_visible(False)
+        axes.spines[["bottom", "left"]].set_visible(False)
+        return _svg(figure, "width of each layer before and after pruning")
 
 
-def _label(axes: Axes, points: list[tuple[str, float, float, int]], bottom: float, top: float) -> None:
-    # Labels stand beside their points, moved up until none is closer than a line to another one near it.
-    line = (top - bottom) / 13
-    placed: list[tuple[float, float]] = []
-    for name, latency, metric, num_bytes in sorted(points, key=lambda point: point[2]):
-        height = metric
-        while any(abs(height - y) < line and 0.2 < latency / x < 5 for x, y in placed):
-            height += line / 2
-        placed.append((latency, height))
-        right_half = latency > (axes.get_xlim()[0] * axes.get_xlim()[1]) ** 0.5
-        axes.annotate(
-            f"{name} ({size(num_bytes)})",
-            (latency, metric),
-            (latency * (0.8 if right_half else 1.25), height),
-            fontsize=8,
-            color=_GREY,
-            ha="right" if right_half else "left",
-            va="center",
-        )
-
-
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
+def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    figure.patch.set_alpha(0)
-    axes.patch.set_alpha(0)
-    axes.grid(alpha=0.25, color=_GREY)
-    axes.tick_params(colors=_GREY, labelsize=8)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_GREY)
-    axes.xaxis.label.set_color(_GREY)
-    axes.yaxis.label.set_color(_GREY)
-    return figure, axes
+    FigureCanvasAgg(figure)  # its renderer measures the labels
+    return figure
 
 
-def _plain_ticks(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+def _log_latency_axis(axes: Axes, x: np.ndarray) -> None:
+    axes.set_xscale("log")
+    low, high = math.log10(x.min()), math.log10(x.max())
+    margin = max(0.12, 0.1 * (high - low))
+    axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high - low < 2.5 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
-def _svg(figure: Figure) -> str:
-    import matplotlib
+def _metric_limits(axes: Axes, y: np.ndarray) -> None:
+    span = max(float(np.ptp(y)), 0.5)  # half a point at least: less is noise and need not fill the picture
+    middle = (y.max() + y.min()) / 2
+    axes.set_ylim(middle - 0.72 * span, middle + 0.72 * span)
+    axes.yaxis.set_major_locator(MaxNLocator(6))
 
+
+def _write_labels(
+    figure: Figure, axes: Axes, points: np.ndarray, areas: np.ndarray, texts: list[str], colors: list[str]
+) -> None:
+    figure.draw_without_rendering()
+    scale = figure.dpi / 72
+    centres = [(float(x), float(y)) for x, y in axes.transData.transform(points)]
+    radii = [math.sqrt(area / math.pi) * scale for area in areas]
+    drawn = [axes.annotate(text, point, fontsize=9, linespacing=1.25) for text, point in zip(texts, points)]
+    extents = [text.get_window_extent() for text in drawn]
+    for text in drawn:
+        text.remove()
+    frame = Box(*axes.bbox.extents)
+    boxes = place_labels(centres, radii, [(extent.width, extent.height) for extent in extents], frame)
+    for text, point, centre, radius, box, color in zip(texts, points, centres, radii, boxes, colors):
+        anchor = ((box.left - centre[0]) / scale, ((box.bottom + box.top) / 2 - centre[1]) / scale)
+        axes.annotate(
+            text, tuple(point), xytext=anchor, textcoords="offset points", va="center", fontsize=9, linespacing=1.25
+        )
+        near = (min(max(centre[0], box.left), box.right), min(max(centre[1], box.bottom), box.top))
+        if math.dist(near, centre) > radius + 12 * scale:
+            ends = axes.transData.inverted().transform([centre, near])
+            axes.plot(ends[:, 0], ends[:, 1], color=color, linewidth=0.8, scalex=False, scaley=False)
+
+
+def _spans_decades(lines: Sequence[np.ndarray]) -> bool:
+    values = np.concatenate([line[:, 1] for line in lines])
+    values = values[np.isfinite(values)]
+    return bool(values.size and values.min() > 0 and values.max() > 20 * values.min())
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 40 else f"…{name[-39:]}"
+
+
+def _svg(figure: Figure, description: str) -> str:
     buffer = io.StringIO()
-    # Text stays text, in the page's font; a fixed salt makes the same report the same file.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "compress"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()[buffer.getvalue().index("<svg") :]
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    for color, variable in _VARIABLES.items():
+        text = text.replace(color, f"var(--{variable})")
+    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)

@@ -1,199 +1,92 @@
-"""The report of a run: stages × (metric, size, cost, latency), as JSON, as a table and as a page."""
+"""Write and read reports: ``report.json`` for programs, ``report.html`` for people, both from the same data."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from compress.errors import RunError
+from compress.measure.results import Gains, LatencyRow, Report, Stage
+from compress.measure.table import report_table
 
-__all__ = ["LatencyRow", "Report", "Stage", "read_report", "report_table", "write_report"]
-
-
-@dataclass(frozen=True)
-class LatencyRow:
-    """Latency of a stage.
-
-    Args:
-        batch: Batch size.
-        engine: What ran it.
-        threads: Threads of a call.
-        p50_ms: Median in milliseconds.
-        p95_ms: 95th percentile in milliseconds.
-    """
-
-    batch: int
-    engine: str
-    threads: int
-    p50_ms: float
-    p95_ms: float
+__all__ = ["Gains", "LatencyRow", "Report", "Stage", "read_report", "report_table", "write_report"]
 
 
-@dataclass(frozen=True)
-class Stage:
-    """What was measured of one stage.
+def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
+    """Write ``report.json`` and ``report.html``; each appears whole or not at all.
+
+    Values that are not finite are written as ``null``, which JSON has.
 
     Args:
-        name: What people call it.
-        metrics: On the test split, by lower-case name.
-        num_params: Parameters.
-        macs: Multiply-accumulates of one sample.
-        bytes: Size on disk of what is loaded.
-        peak_memory: Bytes by which a process grows that loads it and runs one sample.
-        latency: Rows; the first of a batch size is the engine that serves.
-        artifact_bytes: Size of the whole artefact, for the last stage.
-    """
-
-    name: str
-    metrics: Mapping[str, float]
-    num_params: int | None
-    macs: int | None
-    bytes: int
-    peak_memory: int | None
-    latency: list[LatencyRow]
-    artifact_bytes: int | None = None
-
-    def at(self, batch: int) -> LatencyRow | None:
-        """Return the row of the serving engine at a batch size."""
-        return next((row for row in self.latency if row.batch == batch), None)
-
-
-@dataclass(frozen=True)
-class Report:
-    """A run in figures.
-
-    Args:
-        recipe: Its name.
-        command: What was typed.
-        seed: Of all random numbers.
-        task_metric: The metric that leads, e.g. ``"accuracy"``.
-        stages: The first one is what the last one, the artefact, is compared with.
-        curves: ``{"phase: metric": [[epoch, value], ...]}``.
-        widths: ``{"layer", "before", "after"}`` for each layer.
-        machine: What it was measured on.
-        notes: What a reader must know to read the figures right.
-    """
-
-    recipe: str
-    command: str
-    seed: int
-    task_metric: str
-    stages: list[Stage]
-    curves: Mapping[str, list[list[float]]] = field(default_factory=dict)
-    widths: list[dict[str, Any]] = field(default_factory=list)
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def gains(self) -> dict[str, float]:
-        """Compare the last stage with the first: how many times smaller and faster, and points of metric gained."""
-        first, last = self.stages[0], self.stages[-1]
-        gains = {"smaller": first.bytes / last.bytes}
-        slow, fast = first.at(1), last.at(1)
-        if slow and fast:
-            gains["faster"] = slow.p50_ms / fast.p50_ms
-        if self.task_metric in first.metrics and self.task_metric in last.metrics:
-            gains["points"] = 100 * (last.metrics[self.task_metric] - first.metrics[self.task_metric])
-        return gains
-
-
-def write_report(report: Report, directory: str | Path) -> Path:
-    """Write ``report.json`` and ``report.html``, each under a temporary name first.
+        report: With at least one stage.
+        directory: Made where it is missing.
 
     Returns:
-        The path of the page.
+        Path of ``report.html``.
     """
-    from compress.measure.html import render
+    from compress.measure.html import render_html  # late: it needs Matplotlib
 
-    content = asdict(report) | {"gains": report.gains()}
-    for name, text in {"report.json": json.dumps(content, indent=1), "report.html": render(report)}.items():
-        temporary = Path(directory) / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, Path(directory) / name)
-    return Path(directory) / "report.html"
-
-
-def read_report(path: str | Path) -> Report:
-    """Read a ``report.json``."""
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    content.pop("gains", None)
-    content["stages"] = [
-        Stage(**{**stage, "latency": [LatencyRow(**row) for row in stage["latency"]]}) for stage in content["stages"]
-    ]
-    return Report(**content)
-
-
-COLUMNS = ["stage", "metric", "parameters", "MACs", "on disk", "peak memory", "batch 1 ms", "batch 32 ms", "engine"]
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    data = _without_nan(asdict(report) | {"gains": asdict(report.gains)})
+    texts = {
+        "report.json": json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": render_html(report),
+    }
+    for name, text in texts.items():
+        temporary = directory / f".{name}.{os.getpid()}"
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, directory / name)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return directory / "report.html"
 
 
-def rows(report: Report) -> list[list[str]]:
-    """Return the cells of the table of stages, as text."""
-    return [
-        [
-            stage.name,
-            f"{100 * stage.metrics[report.task_metric]:.2f} %" if report.task_metric in stage.metrics else "–",
-            _count(stage.num_params),
-            _count(stage.macs),
-            size(stage.bytes),
-            size(stage.peak_memory),
-            _latency(stage.at(1)),
-            _latency(stage.at(32)),
-            ", ".join(sorted({f"{row.engine} ({row.threads} threads)" for row in stage.latency[:1]})) or "–",
-        ]
-        for stage in report.stages
-    ]
+def read_report(path: str | os.PathLike[str]) -> Report:
+    """Read a ``report.json``.
 
+    Args:
+        path: The file, or the directory that holds it.
 
-def report_table(report: Report) -> Table:
-    """Return the table of stages for the terminal."""
-    table = Table(title=f"{report.recipe}: p50 / p95 latency, test {report.task_metric}")
-    for column in COLUMNS:
-        name = report.task_metric if column == "metric" else column
-        table.add_column(name, justify="left" if column in ("stage", "engine") else "right", overflow="fold")
-    for cells in rows(report):
-        table.add_row(*cells, style="bold" if cells[0] == report.stages[-1].name else None)
-    table.caption = summary(report)
-    return table
-
-
-def summary(report: Report) -> str:
-    """Return the gains in one line."""
-    gains = report.gains()
-    first, last = report.stages[0].name, report.stages[-1].name
-    parts = [f"{gains['smaller']:.1f}× smaller"]
-    if "faster" in gains:
-        parts.append(f"{gains['faster']:.1f}× faster at batch 1")
-    if "points" in gains:
-        parts.append(f"{gains['points']:+.2f} points of {report.task_metric}")
-    return f"{last} against {first}: {', '.join(parts)}"
-
-
-def size(num_bytes: int | None) -> str:
-    """Return a size for people.
-
-    Example:
-        >>> size(11_200_000), size(640), size(None)
-        ('11.2 MB', '640 B', '–')
+    Raises:
+        RunError: when there is no such file or it is not a report.
     """
-    if num_bytes is None:
-        return "–"
-    for factor, unit in [(1e9, "GB"), (1e6, "MB"), (1e3, "kB")]:
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes} B"
+    path = Path(path)
+    path = path / "report.json" if path.is_dir() else path
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        stages = [Stage(**stage | _stage_parts(stage)) for stage in data["stages"]]
+        curves = {name: [[_nan(x), _nan(y)] for x, y in points] for name, points in data["curves"].items()}
+        known = {field.name: data[field.name] for field in fields(Report)}
+        return Report(**known | {"stages": stages, "curves": curves})
+    except OSError as error:
+        raise RunError(f"{path}: expected a report.json, got {error.strerror}. Make one with: compress report.") from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(
+            f"{path}: expected a report.json of this version, got {type(error).__name__}: {error}. "
+            "Make it anew with: compress report."
+        ) from None
 
 
-def _count(number: int | None) -> str:
-    if number is None:
-        return "–"
-    for factor, unit in [(1e9, "G"), (1e6, "M"), (1e3, "k")]:
-        if number >= factor:
-            return f"{number / factor:.2f} {unit}"
-    return str(number)
+def _stage_parts(stage: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "metrics": {name: _nan(value) for name, value in stage["metrics"].items()},
+        "latency": [LatencyRow(**row) for row in stage["latency"]],
+    }
 
 
-def _latency(row: LatencyRow | None) -> str:
-    return f"{row.p50_ms:.2f} / {row.p95_ms:.2f}" if row else "–"
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,134 @@
+"""What a report holds, as plain data: stages with their costs, curves, widths, and the gains read off them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Gains", "LatencyRow", "Report", "Stage"]
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Latency of one engine at one batch size.
+
+    Args:
+        batch: Samples in a call.
+        engine: Engine name, for instance ``"eager"``.
+        threads: Threads it could use.
+        p50_ms: Median of a call, in milliseconds.
+        p95_ms: 95th percentile of a call, in milliseconds.
+    """
+
+    batch: int
+    engine: str
+    threads: int
+    p50_ms: float
+    p95_ms: float
+
+
+@dataclass
+class Stage:
+    """One network on the way from the teacher to the artefact.
+
+    Args:
+        name: What readers see.
+        metrics: Test metrics by their torchmetrics name, lower case.
+        num_params: Parameters.
+        macs: Multiply-accumulates of one sample.
+        bytes: Size on disk of the weights, or of the file that the served engine loads.
+        peak_memory: Bytes by which a fresh process grows.
+        latency: Rows; those of the engine that serves come first.
+        artifact_bytes: Size of the whole artefact, where the stage is one.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    num_params: int | None
+    macs: int | None
+    bytes: int
+    peak_memory: int | None
+    latency: list[LatencyRow]
+    artifact_bytes: int | None = None
+
+    def latency_at(self, batch: int, *, engine: str | None = None) -> LatencyRow | None:
+        """Return the row of an engine (default: the one that serves) at a batch size, or ``None``."""
+        for row in self.latency:
+            if row.batch == batch and engine in (None, row.engine):
+                return row
+        return None
+
+    @property
+    def engines(self) -> list[str]:
+        """Engine names, the one that serves first."""
+        return list(dict.fromkeys(row.engine for row in self.latency))
+
+
+@dataclass(frozen=True)
+class Gains:
+    """The last stage against the first; ``None`` where one of them lacks the figure.
+
+    Args:
+        size: How many times smaller on disk.
+        latency: How many times faster at batch 1, by the median.
+        macs: How many times fewer multiply-accumulates.
+        metric_points: Difference of the task's metric, in hundredths.
+    """
+
+    size: float | None
+    latency: float | None
+    macs: float | None
+    metric_points: float | None
+
+
+@dataclass
+class Report:
+    """All that a run showed.
+
+    Args:
+        recipe: Its name.
+        command: The line that started the run.
+        seed: Its seed.
+        task_metric: The metric that judges, a key of each stage's ``metrics``.
+        stages: The teacher, or the first there is, to the artefact.
+        curves: Points ``[epoch, value]`` by name, for instance ``"student: val/accuracy"``.
+        widths: ``{"layer", "before", "after"}`` for each layer.
+        machine: From ``describe_machine``.
+        notes: Sentences a reader needs to judge the figures.
+    """
+
+    recipe: str
+    command: str
+    seed: int
+    task_metric: str
+    stages: list[Stage]
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)
+    widths: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def metric(self, stage: Stage) -> float | None:
+        """Return a stage's value of the metric that judges, or ``None``."""
+        return stage.metrics.get(self.task_metric)
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes measured, ascending."""
+        return sorted({row.batch for stage in self.stages for row in stage.latency})
+
+    @property
+    def gains(self) -> Gains:
+        """The last stage against the first."""
+        first, last = self.stages[0], self.stages[-1]
+        before, after = first.latency_at(1), last.latency_at(1)
+        metrics = self.metric(first), self.metric(last)
+        return Gains(
+            size=_ratio(first.bytes, last.bytes),
+            latency=_ratio(before.p50_ms, after.p50_ms) if before and after else None,
+            macs=_ratio(first.macs, last.macs),
+            metric_points=None if metrics[0] is None or metrics[1] is None else 100 * (metrics[1] - metrics[0]),
+        )
+
+
+def _ratio(before: float | None, after: float | None) -> float | None:
+    return before / after if before and after else None

@@ -1,0 +1,98 @@
+"""The table of stages: once as strings, for the page and the terminal alike, and once for the terminal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from compress.measure.results import LatencyRow, Report, Stage
+from compress.measure.units import ABSENT, as_bytes, as_count, as_metric, as_ms
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["Row", "report_table", "table_rows"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table, ready to print.
+
+    Args:
+        stage: Stage name; empty on the lines of a stage's further engines.
+        metric: Test metric.
+        num_params: Parameters.
+        macs: Multiply-accumulates of a sample.
+        bytes: Size on disk.
+        peak_memory: Peak memory.
+        engine: Engine name.
+        threads: Its threads.
+        latency: ``(p50, p95)`` for each of the report's batch sizes, in milliseconds.
+    """
+
+    stage: str
+    metric: str
+    num_params: str
+    macs: str
+    bytes: str
+    peak_memory: str
+    engine: str
+    threads: str
+    latency: list[tuple[str, str]]
+
+
+def table_rows(report: Report) -> list[Row]:
+    """Return a line for each stage and each further engine of it."""
+    rows = []
+    for stage in report.stages:
+        served = stage.engines[0] if stage.engines else None
+        rows.append(
+            Row(
+                stage.name,
+                as_metric(report.metric(stage)),
+                as_count(stage.num_params),
+                as_count(stage.macs),
+                as_bytes(stage.bytes),
+                as_bytes(stage.peak_memory),
+                *_engine_cells(stage, served, report.batches),
+            )
+        )
+        rows += [Row("", "", "", "", "", "", *_engine_cells(stage, name, report.batches)) for name in stage.engines[1:]]
+    return rows
+
+
+def report_table(report: Report) -> Table:
+    """Return the table for the terminal.
+
+    Example:
+        >>> stage = Stage("teacher", {"accuracy": 0.97}, 10, 20, 30, None, [LatencyRow(1, "eager", 2, 0.5, 0.6)])
+        >>> report_table(Report("digits", "compress run", 0, "accuracy", [stage])).row_count
+        1
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    # Narrow: it fits 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, title=Text(f"{report.recipe}: test split"), pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("stage", style="bold", min_width=8)
+    for header in (report.task_metric, "params", "MACs", "on disk"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("engine\n×threads", no_wrap=True)
+    for batch in report.batches:
+        table.add_column(f"batch {batch}\np50/p95 ms", justify="right", no_wrap=True)
+    for index, row in enumerate(table_rows(report)):
+        if index and row.stage == report.stages[-1].name:
+            table.add_section()
+        engine = ABSENT if row.engine == ABSENT else f"{row.engine} ×{row.threads}"
+        cells = [row.stage, row.metric, row.num_params, row.macs, row.bytes, engine]
+        cells += [f"{p50}/{p95}" if p50 != ABSENT else ABSENT for p50, p95 in row.latency]
+        table.add_row(*map(Text, cells), style=None if row.stage else "dim")
+    return table
+
+
+def _engine_cells(stage: Stage, engine: str | None, batches: list[int]) -> tuple[str, str, list[tuple[str, str]]]:
+    rows: list[LatencyRow | None] = [stage.latency_at(batch, engine=engine) for batch in batches]
+    threads = sorted({row.threads for row in rows if row})
+    latency = [(as_ms(row.p50_ms), as_ms(row.p95_ms)) if row else (ABSENT, ABSENT) for row in rows]
+    return engine or ABSENT, ", ".join(map(str, threads)) or ABSENT, latency
