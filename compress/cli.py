@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CompressError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         return 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         where = os.environ.get("COMPRESS_RUN_DIR")
         go_on = f" Go on with: compress run --resume {where}" if where else ""
@@ -113,11 +116,13 @@ def _open(options: argparse.Namespace, rest: list[str], console: Console) -> obj
             )
         return open_run(options.resume, overrides=rest, console=console)
     if options.recipe is None:
-        raise RecipeError("recipe: expected a YAML file or the name of a shipped recipe, got none. See 'compress recipes'.")
+        raise RecipeError(
+            "recipe: expected a YAML file or the name of a shipped recipe, got none. See 'compress recipes'."
+        )
     path = find_recipe(options.recipe)
     if any(word.startswith("--print_config") for word in rest):
         config, parser = parse_recipe(path, [word for word in rest if not word.startswith("--print_config")])
-        print(parser.dump(config))
+        print(parser.dump(config, skip_none=False))
         return None
     return create_run(path, overrides=rest, path=options.run_dir, console=console)
 
@@ -161,7 +166,9 @@ def _bench_artifact(path: str, rest: list[str], console: Console) -> None:
     for column in ("engine", "batch", "threads", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right")
     for row in served.benchmark():
-        table.add_row(row["engine"], str(row["batch"]), str(row["threads"]), f"{row['p50_ms']:.3f}", f"{row['p95_ms']:.3f}")
+        table.add_row(
+            row["engine"], str(row["batch"]), str(row["threads"]), f"{row['p50_ms']:.3f}", f"{row['p95_ms']:.3f}"
+        )
     console.print(table)
 
 
@@ -177,7 +184,9 @@ def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> 
     try:
         inputs = np.load(options.inputs, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise RunError(f"{options.inputs}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error
+        raise RunError(
+            f"{options.inputs}: expected an array saved by numpy.save, got {error}. Give a .npy file."
+        ) from error
     labels, probabilities = model.predict(inputs)
     rows = [{"label": str(label), "probability": float(p.max())} for label, p in zip(labels, probabilities)]
     if options.output:

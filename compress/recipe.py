@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -26,7 +26,17 @@ from compress.export import TARGETS
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
 
-__all__ = ["Distill", "Export", "Recipe", "Teacher", "build_recipe", "find_recipe", "make_parser", "parse_recipe", "shipped_recipes"]
+__all__ = [
+    "Distill",
+    "Export",
+    "Recipe",
+    "Teacher",
+    "build_recipe",
+    "find_recipe",
+    "make_parser",
+    "parse_recipe",
+    "shipped_recipes",
+]
 
 
 @dataclass
@@ -40,7 +50,7 @@ class Teacher:
     """
 
     model: nn.Module
-    checkpoint: Optional[str] = None
+    checkpoint: str | None = None
     max_epochs: int = 10
 
 
@@ -102,11 +112,11 @@ class Recipe:
     data: LightningDataModule
     task: Task
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
-    scheduler: Union[LearningRateSchedule, Callable[[Optimizer], LRScheduler], None] = None
-    teacher: Optional[Teacher] = None
+    scheduler: LearningRateSchedule | Callable[[Optimizer], LRScheduler] | None = None
+    teacher: Teacher | None = None
     distill: Distill = field(default_factory=Distill)
-    prune: Optional[StructuredPruning] = None
-    quantize: Optional[QuantizationAwareTraining] = None
+    prune: StructuredPruning | None = None
+    quantize: QuantizationAwareTraining | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     export: Export = field(default_factory=Export)
     baseline: bool = True
@@ -151,24 +161,25 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     parser = ArgumentParser(
         prog=prog,
         exit_on_error=False,
+        allow_abbrev=False,
         description="Every key of a recipe can be overridden by its dotted name, e.g. --prune.ratio 0.3 "
         "--trainer.max_epochs 5 --teacher.model.init_args.width 32; --prune null leaves a section out.",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="the recipe file")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--student", type=nn.Module, required=True, help="the network to compress")
-    parser.add_argument("--teacher", type=Optional[Teacher], default=None, help="the network to learn from")
+    parser.add_argument("--teacher", type=Teacher | None, default=None, help="the network to learn from")
     parser.add_argument("--data", type=LightningDataModule, required=True, help="the data module")
     parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")
     parser.add_argument("--distill", type=Distill, default=Distill(), help="how the student is taught")
-    parser.add_argument("--prune", type=Optional[StructuredPruning], default=None, help="structured pruning")
-    parser.add_argument("--quantize", type=Optional[QuantizationAwareTraining], default=None, help="quantization")
+    parser.add_argument("--prune", type=StructuredPruning | None, default=None, help="structured pruning")
+    parser.add_argument("--quantize", type=QuantizationAwareTraining | None, default=None, help="quantization")
     parser.add_argument(
         "--optimizer", type=Callable[[Iterable[nn.Parameter]], Optimizer], required=True, help="makes the optimiser"
     )
     parser.add_argument(
         "--scheduler",
-        type=Union[LearningRateSchedule, Callable[[Optimizer], LRScheduler], None],
+        type=LearningRateSchedule | Callable[[Optimizer], LRScheduler] | None,
         default=None,
         help="learning-rate schedule",
     )
@@ -237,7 +248,9 @@ def find_recipe(name: str) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    raise RecipeError(f"recipe: expected a file or one of {', '.join(shipped)}, got {name!r}. Give the path of a YAML file.")
+    raise RecipeError(
+        f"recipe: expected a file or one of {', '.join(shipped)}, got {name!r}. Give the path of a YAML file."
+    )
 
 
 def _plain(error: Exception) -> str:

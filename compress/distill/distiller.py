@@ -35,7 +35,7 @@ class Distiller(pl.LightningModule):
         student: The network to train: inputs to outputs.
         task: Loss against labels, and metrics.
         optimizer: Makes an optimiser from parameters.
-        scheduler: A learning-rate schedule over progress, or a function that makes a torch scheduler stepped each epoch.
+        scheduler: A learning-rate schedule over progress, or what makes a torch scheduler stepped each epoch.
         teacher: The network to learn from.
         losses: Losses between student and teacher, each with its weight; the weights sum to at most 1.
         channels_last: Give images to both networks in channels-last memory format, which CPUs and tensor cores prefer.

@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib import import_module
@@ -16,22 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError
 from compress.export.gates import Gates, failures
+from compress.export.graph import input_specs, largest_batch
+from compress.export.parity import check_parity, reference_outputs
 from compress.export.targets import TARGETS, ExportSkippedError
-from compress.measure.agreement import agreement
 from compress.measure.machine import versions
 from compress.runtime.engines import make_engine
 from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest, sha256
 
 __all__ = ["export_artifact"]
-
-_BATCH = 63  # divides no usual N: the last batch is smaller, so a fixed batch size cannot go unnoticed
 
 
 def export_artifact(
@@ -68,17 +65,21 @@ def export_artifact(
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
         raise ExportError(f"{directory}: expected no artefact yet, got one. Choose another directory or move it away.")
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown:
+        raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}. Choose.")
+    inputs = input_specs(program)
+    wanted = reference_outputs(reference, held_out)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        with torch.no_grad():
-            wanted = _batched(lambda batch: [reference(*batch)], held_out)
         built, skipped = _build_all(program, temporary, targets, wanted, held_out, scheme, gates, progress)
         manifest = Manifest(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            inputs=_specs(_input_names(program), held_out),
-            outputs=_specs(_output_names(program), [torch.from_numpy(wanted)]),
+            inputs=inputs,
+            outputs=(TensorSpec("output", str(wanted.dtype), (None, *wanted.shape[1:])),),
+            max_batch=largest_batch(program),
             targets=built,
             scheme=scheme,
             versions=versions(),
@@ -105,60 +106,45 @@ def _build_all(
     built: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     failed: list[str] = []
-    bar = Progress(transient=True) if progress else nullcontext()
-    with bar:
-        task = bar.add_task("", total=len(targets)) if isinstance(bar, Progress) else None
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("", total=len(targets))
         for engine in targets:
-            if isinstance(bar, Progress) and task is not None:
-                bar.update(task, description=f"building and checking {engine}")
-            target = import_module(TARGETS[engine])
-            path = folder / target.FILE
+            bar.update(task, description=f"building and checking {engine}")
             try:
-                target.build(program, path)
+                built[engine], reasons = _build_one(engine, program, folder, wanted, held_out, scheme, gates)
+                failed += reasons
             except ExportSkippedError as reason:
                 skipped[engine] = str(reason)
                 warnings.warn(f"{reason} Going on with the other targets.", stacklevel=4)
-            else:
-                census = target.census(path)
-                runner = make_engine(engine, path)
-                inputs = held_out if runner.takes == "torch" else [tensor.numpy() for tensor in held_out]
-                agrees = agreement(wanted, _batched(runner, inputs))
-                failed += failures(engine, gates, census, agrees, quantized=scheme is not None)
-                built[engine] = Target(
-                    file=target.FILE,
-                    bytes=path.stat().st_size,
-                    sha256=sha256(path),
-                    census=asdict(census) if census else {},
-                    agreement=asdict(agrees),
-                    requires=target.requires(),
-                )
-            if isinstance(bar, Progress) and task is not None:
-                bar.advance(task)
+            bar.advance(task)
     if failed:
-        raise ExportError(
-            "\n".join([*failed, "Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets."])
-        )
+        failed.append("Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets.")
+        raise ExportError("\n".join(failed))
     if not built:
-        raise ExportError(f"export: expected at least one target, got none: {'; '.join(skipped.values())}")
+        reason = "; ".join(skipped.values()) or "no targets"
+        raise ExportError(f"export: expected at least one target, got none: {reason}. Add one to export.targets.")
     return built, skipped
 
 
-def _batched(run: Callable[[list[Any]], Sequence[Any]], inputs: Sequence[Any]) -> np.ndarray:
-    num = len(inputs[0])
-    parts = [np.asarray(run([x[i : i + _BATCH] for x in inputs])[0]) for i in range(0, num, _BATCH)]
-    return np.concatenate(parts)
-
-
-def _input_names(program: ExportedProgram) -> list[str]:
-    return list(program.graph_signature.user_inputs)  # type: ignore[arg-type]
-
-
-def _output_names(program: ExportedProgram) -> list[str]:
-    return [f"output_{index}" for index in range(len(program.graph_signature.user_outputs))]
-
-
-def _specs(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[TensorSpec, ...]:
-    return tuple(
-        TensorSpec(name, str(tensor.dtype).removeprefix("torch."), (None, *tensor.shape[1:]))
-        for name, tensor in zip(names, tensors)
+def _build_one(
+    engine: str,
+    program: ExportedProgram,
+    folder: Path,
+    wanted: np.ndarray,
+    held_out: Sequence[Tensor],
+    scheme: str | None,
+    gates: Gates,
+) -> tuple[Target, list[str]]:
+    target = import_module(TARGETS[engine])
+    path = folder / target.FILE
+    census = target.build(program, path)
+    parity = check_parity(make_engine(engine, path), wanted, held_out)
+    entry = Target(
+        file=target.FILE,
+        bytes=path.stat().st_size,
+        sha256=sha256(path),
+        census=asdict(census) if census else {},
+        agreement=asdict(parity.batches),
+        requires=target.requires(),
     )
+    return entry, list(failures(engine, gates, census, parity, quantized=scheme is not None))

@@ -1,19 +1,57 @@
-"""Rewriting an exported program before it is lowered: small pure functions from program to program."""
+"""Exported programs before they are lowered: what they take, and small rewritings from program to program."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
+from compress.errors import ExportError
+from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 
-__all__ = ["widen_single_channels"]
+__all__ = ["drop_traces", "drop_unused", "input_specs", "largest_batch", "widen_single_channels"]
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
+
+
+def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    """Return name, dtype and shape of a program's inputs; dynamic dimensions are ``None``.
+
+    Raises:
+        ExportError: when the batch dimension of an input is fixed, or an input is not laid out contiguously.
+    """
+    specs = []
+    for node, value in _user_inputs(program):
+        shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+        if not shape or shape[0] is not None:
+            raise ExportError(
+                f"{node.name}: expected a dynamic batch dimension, got shape {shape}. Capture the program with "
+                "dynamic_shapes={0: torch.export.Dim('batch')} for each input."
+            )
+        if not value.is_contiguous():
+            raise ExportError(
+                f"{node.name}: expected a contiguous example input, got strides {value.stride()}. "
+                "Call .contiguous() on the inputs before capture."
+            )
+        specs.append(TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape))
+    return tuple(specs)
+
+
+def largest_batch(program: ExportedProgram) -> int | None:
+    """Return the largest batch size that a program was captured for, or ``None`` without a limit."""
+    limits = []
+    for _, value in _user_inputs(program):
+        size = value.shape[0]
+        limit = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
+        if limit is not None and limit.upper.is_Integer:
+            limits.append(int(limit.upper))
+    return min(limits, default=None)
 
 
 def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
@@ -35,9 +73,32 @@ def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
             changed |= _widen(graph_module, node)
     if not changed:
         return program
+    graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     args, _ = program.example_inputs
     return export_program(graph_module, args)
+
+
+def drop_unused(program: ExportedProgram) -> None:
+    """Drop tensors that the graph does not read, in place: a converted network still lists its float weights."""
+    read = {spec.target for spec in program.graph_signature.input_specs}
+    for tensors in (program.state_dict, program.constants):
+        for name in set(tensors) - read:
+            del tensors[name]
+
+
+def drop_traces(program: ExportedProgram) -> None:
+    """Drop what nodes say of the source lines they come from, in place: it is bulky and holds paths of this machine."""
+    for node in program.graph_module.graph.nodes:
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
+            node.meta.pop(key, None)
+
+
+def _user_inputs(program: ExportedProgram) -> Iterator[tuple[Node, Tensor]]:
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            yield node, node.meta["val"]
 
 
 def _widen(graph_module: GraphModule, convolution: Node) -> bool:
@@ -50,21 +111,23 @@ def _widen(graph_module: GraphModule, convolution: Node) -> bool:
     owner, _, leaf = str(holder.target).rpartition(".")
     value = getattr(graph_module.get_submodule(owner), leaf)
     groups = convolution.args[6] if len(convolution.args) > 6 else 1
-    if value.shape[1] != 1 or groups != 1 or len(weight.users) > 1 or len(activation.users) > 1:
+    if value.shape[1] != 1 or groups != 1:
         return False
     padding = [0] * (2 * (value.dim() - 2)) + [0, 1]
+    wide = f"{str(holder.target).replace('.', '_')}_widened"
     # The channel's weights are zero: whatever number its values stand for, it adds nothing.
-    setattr(graph_module.get_submodule(owner), leaf, _like(value, F.pad(value, padding)))
-    with graph_module.graph.inserting_before(activation):
+    graph_module.register_buffer(wide, F.pad(value.detach(), padding))
+    # Nodes of its own, since others may read the narrow ones.
+    with graph_module.graph.inserting_before(convolution):
         padded = graph_module.graph.call_function(
             torch.ops.aten.constant_pad_nd.default, (activation.args[0], padding, 0)
         )
-    activation.update_arg(0, padded)
+        wide_activation = graph_module.graph.node_copy(activation, lambda node: padded if node is activation.args[0] else node)
+        holder = graph_module.graph.get_attr(wide)
+        wide_weight = graph_module.graph.node_copy(weight, lambda node: holder if node is weight.args[0] else node)
+    convolution.update_arg(0, wide_activation)
+    convolution.update_arg(1, wide_weight)
     return True
-
-
-def _like(old: Any, new: torch.Tensor) -> Any:
-    return torch.nn.Parameter(new, requires_grad=False) if isinstance(old, torch.nn.Parameter) else new
 
 
 def _is_dequantized(node: Any) -> bool:

@@ -203,7 +203,7 @@ def _usable_scales(graph: OnnxGraph, weight: NodeProto) -> np.ndarray:
         return scales.astype(np.float64)
     axis = next((attribute.i for attribute in weight.attribute if attribute.name == "axis"), 1)
     dead = ~np.moveaxis(integers, axis, 0).reshape(len(scales), -1).any(1)
-    if dead.any():
+    if np.any(scales[dead] != 1):
         scales = np.where(dead, np.float32(1), scales)
         weight.input[1] = graph.constant(f"{weight.output[0]}_scale", scales)
     return scales.astype(np.float64)

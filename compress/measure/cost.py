@@ -76,8 +76,10 @@ def widths(network: nn.Module) -> dict[str, int]:
         layer, _, leaf = name.rpartition(".")
         module = network.get_submodule(layer)
         if leaf == "weight" and parameter.dim() > 1 and not isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            found[layer] = parameter.shape[1] * module.groups if transposed else parameter.shape[0]
+            if isinstance(module, nn.modules.conv._ConvTransposeNd):
+                found[layer] = parameter.shape[1] * module.groups
+            else:
+                found[layer] = parameter.shape[0]
     return found
 
 

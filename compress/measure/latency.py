@@ -49,7 +49,8 @@ def measure_latency(
         calls: What to time, by name.
         seconds: Time for each call.
         warmup: Runs of each call before timing starts.
-        block: Runs in a row, at least 2.
+        block_seconds: Time of a call's block in each round.
+        pause_seconds: Pause before each block.
         min_runs: Least number of counted runs, however long they take.
         progress: Whether to show a progress bar.
 

@@ -22,7 +22,7 @@ h2 { margin: 44px 0 12px; font-size: 17px; }
 code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; overflow-wrap: anywhere; }
 .gains { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 28px 0 0; }
 .gain { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px; }
-.gain b { display: block; font-size: 38px; line-height: 1.1; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
+.gain b { display: block; font-size: 38px; line-height: 1.1; letter-spacing: -0.02em; }
 .gain em { display: block; margin: 4px 0 2px; font-style: normal; font-weight: 600; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
@@ -136,7 +136,7 @@ PAGE = (
 <h2>Machine</h2>
 <dl>
 {% for key, value in report.machine.items() %}
-<dt>{{ key.replace("_", " ") }}</dt><dd>{{ value }}</dd>
+<dt>{{ key.replace("_gib", ", GiB").replace("_", " ") }}</dt><dd>{{ value }}</dd>
 {% endfor %}
 </dl>
 {% endif %}

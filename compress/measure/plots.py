@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -29,9 +30,10 @@ _SERIES = [f"#010b{index:02x}" for index in range(NUM_SERIES)]
 _VARIABLES = {_FOREGROUND: "fg", _MUTED: "muted", _LINE: "line", _BACKGROUND: "bg"} | {
     color: f"series-{index}" for index, color in enumerate(_SERIES)
 }
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
+    "text.parse_math": False,  # a dollar in a name is a dollar
     "font.size": 9.5,
     "text.color": _FOREGROUND,
     "axes.labelcolor": _MUTED,
@@ -104,19 +106,27 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], *, first: str 
     if not panels:
         return ""
     phases = list(dict.fromkeys(phase for lines in panels.values() for phase in lines))
-    order = sorted(panels, key=lambda name: (not (first and first in name), not name.startswith("val"), name))
+    order = sorted(
+        panels,
+        key=lambda name: (
+            not (first and first in name),
+            not name.startswith("val"),
+            not name.startswith("train"),
+            name,
+        ),
+    )
     columns = min(3, len(order))
     rows = math.ceil(len(order) / columns)
     with mpl.rc_context(_STYLE):
-        figure = _figure(9.2, 2.5 * rows + 0.4)
+        figure = _figure(9.2, 2.6 * rows + 0.4)
         for position, metric in enumerate(order):
             axes = figure.add_subplot(rows, columns, position + 1)
-            for phase, points in panels[metric].items():
+            for phase, line in panels[metric].items():
                 color = _SERIES[phases.index(phase) % NUM_SERIES]
-                marker = "o" if len(points) == 1 else None
-                axes.plot(points[:, 0], points[:, 1], color=color, label=phase, linewidth=1.4, marker=marker, ms=4)
+                marker = "o" if len(line) == 1 else None
+                axes.plot(line[:, 0], line[:, 1], color=color, label=phase, linewidth=1.4, marker=marker, ms=4)
             axes.set_title(metric)
-            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
             axes.yaxis.set_major_locator(MaxNLocator(5))
             if position >= len(order) - columns:
                 axes.set_xlabel("epoch")
@@ -155,7 +165,13 @@ def widths_svg(widths: Sequence[Mapping[str, Any]]) -> str:
             text = f"{row['before']}" if same else f"{row['before']} → {row['after']}"
             end = max(row["before"], row["after"])
             axes.annotate(
-                text, (end, position), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8.5, color=_MUTED
+                text,
+                (end, position),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8.5,
+                color=_MUTED,
             )
         axes.set_yticks(y, [_shorten(str(row["layer"])) for row in widths], fontsize=8.5)
         axes.set_ylim(len(widths) - 0.4, -0.6)
@@ -177,7 +193,9 @@ def _log_latency_axis(axes: Axes, x: np.ndarray) -> None:
     low, high = math.log10(x.min()), math.log10(x.max())
     margin = max(0.12, 0.1 * (high - low))
     axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
-    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5) if high - low < 2.5 else (1,)))
+    span = high - low
+    steps = (1, 2, 3, 4, 5, 6, 8) if span < 0.6 else (1, 2, 5) if span < 2.5 else (1,)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=steps))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
 
@@ -231,4 +249,4 @@ def _svg(figure: Figure, description: str) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

@@ -65,7 +65,9 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         known = {field.name: data[field.name] for field in fields(Report)}
         return Report(**known | {"stages": stages, "curves": curves})
     except OSError as error:
-        raise RunError(f"{path}: expected a report.json, got {error.strerror}. Make one with: compress report.") from None
+        raise RunError(
+            f"{path}: expected a report.json, got {error.strerror}. Make one with: compress report."
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(
             f"{path}: expected a report.json of this version, got {type(error).__name__}: {error}. "

@@ -74,17 +74,17 @@ def report_table(report: Report) -> Table:
     from rich.text import Text
 
     # Narrow: it fits 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, title=Text(f"{report.recipe}: test split"), pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, title=Text(f"{report.recipe}: test split"), pad_edge=False, padding=0)
     table.add_column("stage", style="bold", min_width=8)
     for header in (report.task_metric, "params", "MACs", "on disk"):
         table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("engine\n×threads", no_wrap=True)
+    table.add_column("engine\n\N{MULTIPLICATION SIGN}threads", no_wrap=True)
     for batch in report.batches:
         table.add_column(f"batch {batch}\np50/p95 ms", justify="right", no_wrap=True)
     for index, row in enumerate(table_rows(report)):
         if index and row.stage == report.stages[-1].name:
             table.add_section()
-        engine = ABSENT if row.engine == ABSENT else f"{row.engine} ×{row.threads}"
+        engine = ABSENT if row.engine == ABSENT else f"{row.engine} \N{MULTIPLICATION SIGN}{row.threads}"
         cells = [row.stage, row.metric, row.num_params, row.macs, row.bytes, engine]
         cells += [f"{p50}/{p95}" if p50 != ABSENT else ABSENT for p50, p95 in row.latency]
         table.add_row(*map(Text, cells), style=None if row.stage else "dim")

@@ -6,7 +6,8 @@ import math
 
 __all__ = ["ABSENT", "as_bytes", "as_count", "as_metric", "as_ms", "as_points", "as_ratio"]
 
-ABSENT = "–"
+ABSENT = "\N{EN DASH}"
+_TIMES, _MINUS = "\N{MULTIPLICATION SIGN}", "\N{MINUS SIGN}"
 
 
 def as_count(value: float | None) -> str:
@@ -60,7 +61,7 @@ def as_points(value: float | None) -> str:
     """
     if value is None or not math.isfinite(value):
         return ABSENT
-    sign = "±" if abs(value) < 0.005 else "+" if value > 0 else "−"
+    sign = "±" if abs(value) < 0.005 else "+" if value > 0 else _MINUS
     return f"{sign}{abs(value):.2f}"
 
 
@@ -73,7 +74,8 @@ def as_ratio(value: float | None, *, better: str, worse: str) -> tuple[str, str]
     """
     if value is None:
         return ABSENT, better
-    return (f"{_three_digits(value)}×", better) if value >= 1 else (f"{_three_digits(1 / value)}×", worse)
+    factor, word = (value, better) if value >= 1 else (1 / value, worse)
+    return f"{_three_digits(factor)}{_TIMES}", word
 
 
 def _scaled(value: float, units: list[str]) -> str:
@@ -89,4 +91,5 @@ def _three_digits(value: float) -> str:
         return ABSENT
     if value == 0:
         return "0"
-    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    exponent = int(f"{value:.2e}".partition("e")[2])  # of the rounded value: 0.9995 is written as 1.00
+    return f"{value:.{max(0, 2 - exponent)}f}"

@@ -17,7 +17,8 @@ from pytorch_lightning.callbacks import Callback, RichProgressBar
 from torch import nn
 
 from compress.distill import DistillationLoss, Distiller
-from compress.errors import RecipeError
+from compress.errors import RunError
+from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
 from compress.surgery import Edit, RandomStates, ResumePoint, history_of, save_snapshot
 
@@ -95,7 +96,7 @@ def _teacher(run: RunDirectory) -> nn.Module:
     assert spec is not None
     kept = run.snapshot("teacher")
     if not kept.exists() and spec.checkpoint is not None:
-        _load_weights(spec.model, Path(spec.checkpoint))
+        load_weights(spec.model, Path(spec.checkpoint))
         save_snapshot(kept, spec.model, history_of(_plain(run, spec.model)))
     key = _teacher_key(run)
     shared = cache_folder() / "teachers" / f"{key}.pt" if key else None
@@ -151,6 +152,13 @@ def _train(
         trainer.fit(module, datamodule=recipe.data, ckpt_path=resume if resume.exists() else None, weights_only=True)
     except SystemExit as error:  # Lightning ends the process on Ctrl-C; the command line has more to say
         raise KeyboardInterrupt from error
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        raise RunError(
+            f"{resume}: expected a checkpoint of this recipe, got one of another network. "
+            "Start a new run, or resume without changes to the student, the teacher and the callbacks."
+        ) from error
     if run.is_main_process:
         run.write_json(f"logs/{phase}", curves.curves)
     return module
@@ -181,17 +189,6 @@ def _keep(run: RunDirectory, stage: str, module: Distiller) -> None:
         resume.unlink(missing_ok=True)
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state.get("state_dict", state))
-    except Exception as error:  # a missing file, a foreign format or other weights
-        raise RecipeError(
-            f"teacher.checkpoint: expected weights of {type(model).__name__} in {path}, got {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}. Give a state_dict saved with torch.save."
-        ) from error
-
-
 def _teacher_key(run: RunDirectory) -> str | None:
     config = run.recipe.config
     if config is None:
@@ -218,5 +215,3 @@ def _copy(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-
-

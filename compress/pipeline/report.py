@@ -93,7 +93,9 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
         "Bytes: state_dict on disk for stages, the served engine's file for the artefact.",
     ]
     if "baseline" in tested:
-        notes.append("Student alone: the same student from the same initial weights, trained on labels for the same epochs.")
+        notes.append(
+            "Student alone: the same student from the same initial weights, trained on labels for the same epochs."
+        )
     if recipe.prune is not None and recipe.teacher is not None:
         notes.append(
             f"Distilled: the student just before its first removal, at {recipe.prune.start:.0%} of the epochs; "

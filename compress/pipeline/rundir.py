@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from compress.errors import RunError
+from compress.pipeline.preflight import preflight
 from compress.prune import replay_prune
 from compress.quantize import replay_quantize
 from compress.recipe import Recipe, build_recipe, parse_recipe
@@ -71,7 +72,9 @@ class RunDirectory:
         """
         path = self.path / f"{name}.json"
         if not path.exists():
-            raise RunError(f"{path}: expected the result of an earlier step, got none. Run 'compress {name} {self.path}'.")
+            raise RunError(
+                f"{path}: expected the result of an earlier step, got none. Run 'compress {name} {self.path}'."
+            )
         return json.loads(path.read_text())
 
     def write_json(self, name: str, content: Any) -> None:
@@ -90,7 +93,9 @@ class RunDirectory:
         """
         path = self.snapshot(stage)
         if not path.exists():
-            raise RunError(f"{path}: expected the stage {stage!r} of the fit, got none. Run 'compress fit {self.path}'.")
+            raise RunError(
+                f"{path}: expected the stage {stage!r} of the fit, got none. Run 'compress fit {self.path}'."
+            )
         model = self.recipe.teacher.model if stage == "teacher" and self.recipe.teacher else self.recipe.student
         network, history = load_snapshot(path, copy.deepcopy(model).cpu(), HANDLERS)
         return network.eval(), history
@@ -116,7 +121,11 @@ class RunDirectory:
 
 
 def create_run(
-    recipe: str | Path | Recipe, *, overrides: Sequence[str] = (), path: str | Path | None = None, console: Console | None = None
+    recipe: str | Path | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    path: str | Path | None = None,
+    console: Console | None = None,
 ) -> RunDirectory:
     """Make a new run directory.
 
@@ -128,7 +137,7 @@ def create_run(
 
     Raises:
         RunError: when the directory exists and is not empty.
-        RecipeError: when the recipe is wrong; nothing is written then.
+        CompressError: when the recipe cannot be run; nothing is written then.
     """
     console = console or Console()
     if isinstance(recipe, Recipe):
@@ -137,19 +146,20 @@ def create_run(
         config, parser = parse_recipe(recipe, overrides)
         built = build_recipe(config, parser, name=Path(recipe).stem)
         text = parser.dump(config)
-    given = path or os.environ.get(_RANKS_SHARE)
-    directory = Path(given) if given else Path("runs") / built.name / time.strftime("%Y-%m-%d_%H-%M-%S")
-    if not os.environ.get(_RANKS_SHARE):
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-            raise RunError(
-                f"{directory}: expected a new or empty run directory, got one that exists. "
-                f"Choose another --run_dir, or go on with: compress run --resume {directory}"
-            )
-        directory.mkdir(parents=True, exist_ok=True)
-        if text is not None:
-            temporary = directory / "recipe.yaml.tmp"
-            temporary.write_text(f"# recipe: {built.name}\n{text}")
-            os.replace(temporary, directory / "recipe.yaml")
+    if rank_zero_only.rank:
+        return RunDirectory(_directory_of_rank_zero(path), built, console)
+    directory = Path(path) if path else Path("runs") / built.name / time.strftime("%Y-%m-%d_%H-%M-%S")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise RunError(
+            f"{directory}: expected a new or empty run directory, got one that exists. "
+            f"Choose another --run_dir, or go on with: compress run --resume {directory}"
+        )
+    preflight(built)
+    directory.mkdir(parents=True, exist_ok=True)
+    if text is not None:
+        temporary = directory / "recipe.yaml.tmp"
+        temporary.write_text(f"# recipe: {built.name}\n{text}")
+        os.replace(temporary, directory / "recipe.yaml")
     os.environ[_RANKS_SHARE] = str(directory.resolve())
     return RunDirectory(directory, built, console)
 
@@ -168,9 +178,18 @@ def open_run(path: str | Path, *, overrides: Sequence[str] = (), console: Consol
     directory = Path(path)
     file = directory / "recipe.yaml"
     if not file.is_file():
-        raise RunError(f"{directory}: expected a run directory with a recipe.yaml, got none. Start one: compress run RECIPE.")
+        raise RunError(
+            f"{directory}: expected a run directory with a recipe.yaml, got none. Start one: compress run RECIPE."
+        )
     first = file.read_text().splitlines()[:1]
     name = first[0].removeprefix("# recipe: ") if first and first[0].startswith("# recipe: ") else directory.parent.name
     config, parser = parse_recipe(file, overrides)
     os.environ[_RANKS_SHARE] = str(directory.resolve())
     return RunDirectory(directory, build_recipe(config, parser, name=name), console or Console())
+
+
+def _directory_of_rank_zero(path: str | Path | None) -> Path:
+    shared = path or os.environ.get(_RANKS_SHARE)
+    if shared is None:
+        raise RunError("run_dir: expected one directory for all ranks, got none. Give --run_dir.")
+    return Path(shared)

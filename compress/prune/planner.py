@@ -44,7 +44,7 @@ class Group:
 def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> list[Group]:
     r"""Find the groups of coupled channels and the importance of each channel.
 
-    .. math:: I_c = \operatorname{mean}_{W \in group} \|W_c\|_2^2          Fang et al. 2023, arXiv:2301.12900, section 3.3
+    .. math:: I_c = \operatorname{mean}_{W \in group} \|W_c\|_2^2          Fang et al. 2023, arXiv:2301.12900
 
     Args:
         network: Left untouched.
@@ -113,12 +113,12 @@ def output_layers(network: nn.Module, inputs: Sequence[Tensor]) -> set[str]:
             continue
         seen.add(node)
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        weights = {owners.get(_leaf(parent)) for parent in parents} - {None}
+        weights = {owners[leaf] for parent in parents if (leaf := _leaf(parent)) in owners}
         if weights:
             found |= weights
         else:
             pending += parents
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _groups(twin: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[str]) -> list[tuple[Group, Any]]:
@@ -221,7 +221,9 @@ def _leaf(node: Any) -> int | None:
         if hasattr(node, "variable"):
             return id(node.variable)
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or not node.name().startswith(("TBackward", "ToCopyBackward", "PermuteBackward", "Transpose")):
+        if len(parents) != 1 or not node.name().startswith(
+            ("TBackward", "ToCopyBackward", "PermuteBackward", "Transpose")
+        ):
             return None
         node = parents[0]
     return None

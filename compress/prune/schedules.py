@@ -57,8 +57,8 @@ def num_kept(width: int, *, ratio: float, round_to: int) -> int:
         round_to: The result is the nearest multiple of it, at least one multiple, and never more than ``width``.
 
     Example:
-        >>> num_kept(64, ratio=0.5, round_to=8), num_kept(64, ratio=0.95, round_to=8), num_kept(6, ratio=0.5, round_to=8)
-        (32, 8, 6)
+        >>> [num_kept(width, ratio=ratio, round_to=8) for width, ratio in [(64, 0.5), (64, 0.95), (6, 0.5)]]
+        [32, 8, 6]
     """
     multiples = max(1, round(width * (1 - ratio) / round_to))
     return min(width, multiples * round_to)

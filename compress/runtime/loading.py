@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from compress.errors import ArtifactError, MissingPackageError
@@ -48,15 +49,14 @@ def load(
             f"engine: expected one of {', '.join(manifest.targets)}, got {engine!r}. Use 'auto', or export that target."
         )
 
+    @cache
     def make(name: str) -> Engine:
         return make_engine(name, check_file(directory, manifest.targets[name]), num_threads=num_threads)
 
     wanted = list(manifest.targets) if engine == "auto" else [engine]
     usable = _usable(manifest, wanted, make, strict=engine != "auto")
     chosen = usable[0] if len(usable) == 1 else _fastest(manifest, usable, make, directory, num_threads)
-    return CompactModel(
-        manifest, chosen, make, engines=usable, num_threads=num_threads or int(describe_machine()["cores"])
-    )
+    return CompactModel(manifest, chosen, make, engines=usable)
 
 
 def load_and_call(path: str, engine: str) -> Callable[[], object]:
@@ -74,8 +74,12 @@ def _usable(manifest: Manifest, wanted: Sequence[str], make: Callable[[str], Eng
         if reason is None:
             try:
                 make(name)
+            except ArtifactError:
+                raise  # a damaged file is not a matter of this machine
             except MissingPackageError as error:
                 reason = str(error)
+            except Exception as error:  # a library that does not load its file; any kind of exception
+                reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
         if reason is None:
             usable.append(name)
         else:
@@ -114,7 +118,10 @@ class _Memory:
         self._file = cache / "engines" / key
 
     def read(self) -> str | None:
-        return self._file.read_text() if self._file.is_file() else None
+        try:
+            return self._file.read_text()
+        except (OSError, UnicodeDecodeError):
+            return None
 
     def write(self, engine: str) -> None:
         try:

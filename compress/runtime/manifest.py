@@ -70,6 +70,7 @@ class Manifest:
         history: The edits that made the network.
         versions: Of the packages that made the artefact.
         skipped: Why a wanted target is not there, by engine.
+        max_batch: Largest batch that the files take at once, or ``None`` without a limit.
         format_version: Of this file.
     """
 
@@ -86,6 +87,7 @@ class Manifest:
     history: list[Any] = field(default_factory=list)
     versions: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    max_batch: int | None = None
     format_version: int = FORMAT_VERSION
 
 

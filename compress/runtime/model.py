@@ -25,7 +25,6 @@ class CompactModel:
         engine: Name of the engine that serves.
         make: Returns a loaded engine by name.
         engines: Names of all engines that can run here.
-        num_threads: Threads of a call, for the record.
     """
 
     def __init__(
@@ -35,12 +34,10 @@ class CompactModel:
         make: Callable[[str], Engine],
         *,
         engines: Sequence[str],
-        num_threads: int,
     ) -> None:
         self.manifest = manifest
         self.engine = engine
         self.engines = tuple(engines)
-        self.num_threads = num_threads
         self._make = make
         self._run = make(engine)
 
@@ -51,14 +48,13 @@ class CompactModel:
             inputs: One tensor or array for each input of the manifest; any batch size.
 
         Returns:
-            The output, or a tuple of several; tensors for tensors, arrays for arrays.
+            The output, shape (N, ...): a tensor for tensors, on their device; an array for arrays.
 
         Raises:
             ArtifactError: when number, shape or dtype of the inputs is not what the manifest says.
         """
         self._check(inputs)
-        outputs = _call(self._run, inputs)
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+        return _split(self._run, inputs, self.manifest.max_batch)
 
     def predict(self, raw: Any) -> tuple[list[str] | list[int], np.ndarray]:
         """Predict labels for raw values, with the manifest's preprocessing.
@@ -100,7 +96,7 @@ class CompactModel:
                     {
                         "batch": batch,
                         "engine": name,
-                        "threads": self.num_threads,
+                        "threads": runs[name].threads,
                         "p50_ms": latency.p50_ms,
                         "p95_ms": latency.p95_ms,
                     }
@@ -115,6 +111,11 @@ class CompactModel:
         if len(inputs) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise ArtifactError(f"inputs: expected {len(specs)} ({names}), got {len(inputs)}. Give one for each.")
+        kinds = {_kind(value) for value in inputs}
+        if kinds not in ({"numpy"}, {"torch"}):
+            raise ArtifactError(f"inputs: expected arrays or tensors, got {', '.join(sorted(kinds))}. Convert them.")
+        if len({len(value) if value.ndim else 0 for value in inputs}) > 1:
+            raise ArtifactError("inputs: expected the same batch size for all, got several. Cut or repeat them.")
         for spec, value in zip(specs, inputs):
             shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
             fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
@@ -160,17 +161,41 @@ def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[],
     return lambda: engine(inputs)
 
 
-def _call(engine: Engine, inputs: Sequence[Any]) -> list[Any]:
-    given = "numpy" if isinstance(inputs[0], np.ndarray) else "torch"
-    if given == engine.takes:
-        return engine(inputs)
-    if given == "numpy":
-        import torch
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return "numpy"
+    # Without importing torch: it need not be installed.
+    home = type(value).__module__.partition(".")[0]
+    return "torch" if hasattr(value, "detach") else f"{home}.{type(value).__name__}"
 
-        return [output.numpy() for output in engine([torch.from_numpy(array) for array in inputs])]
+
+def _split(engine: Engine, inputs: Sequence[Any], largest: int | None) -> Any:
+    """Run a batch in parts where it is larger than the files were captured for."""
+    num = len(inputs[0])
+    if largest is None or num <= largest:
+        return _call(engine, inputs)
+    parts = [_call(engine, [value[i : i + largest] for value in inputs]) for i in range(0, num, largest)]
+    if _kind(inputs[0]) == "numpy":
+        return np.concatenate(parts)
     import torch
 
-    return [torch.from_numpy(output) for output in engine([tensor.detach().cpu().numpy() for tensor in inputs])]
+    return torch.cat(parts)
+
+
+def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
+    given = _kind(inputs[0])
+    if given == "numpy" and engine.takes == "numpy":
+        return engine(inputs)[0]
+    import torch
+
+    if given == "numpy":
+        # torch cannot share memory that is read-only or runs backwards.
+        return engine([torch.from_numpy(np.require(value, requirements="CW")) for value in inputs])[0].numpy()
+    device = inputs[0].device
+    tensors = [value.detach().cpu() for value in inputs]
+    if engine.takes == "torch":
+        return engine(tensors)[0].to(device)
+    return torch.from_numpy(engine([tensor.numpy() for tensor in tensors])[0]).to(device)
 
 
 def _shown(spec: TensorSpec) -> str:

@@ -52,8 +52,8 @@ def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CaptureError(
-            f"capture: expected a network that torch.export can capture with a dynamic batch, got {type(network).__name__}: "
-            f"{reason}. Move data-dependent Python control flow and fixed batch sizes out of forward()."
+            f"capture: expected a network that torch.export can capture with a dynamic batch, "
+            f"got {type(network).__name__}: {reason}. Move data-dependent control flow and fixed batch sizes out of it."
         ) from error
 
 

@@ -117,7 +117,7 @@ class ModelEditor(Callback):
         if not isinstance(network, nn.Module):
             raise EditError(
                 f"{type(self).__name__}.attribute: expected the name of a network of {type(pl_module).__name__}, "
-                f"got {self.attribute!r}. Its networks are: {', '.join(name for name, _ in pl_module.named_children())}."
+                f"got {self.attribute!r}. Its networks are: {', '.join(dict(pl_module.named_children()))}."
             )
         return network
 

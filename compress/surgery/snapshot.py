@@ -57,7 +57,7 @@ def load_snapshot(path: str | Path, network: nn.Module, handlers: Mapping[str, H
         network.load_state_dict(state)
     except RuntimeError as error:
         raise EditError(
-            f"{path}: expected weights of {type(network).__name__}, got others ({str(error).splitlines()[-1].strip()}). "
-            "Use the checkpoint of this recipe."
+            f"{path}: expected weights of {type(network).__name__}, got others "
+            f"({str(error).splitlines()[-1].strip()}). Use the checkpoint of this recipe."
         ) from error
     return network, history

@@ -9,7 +9,7 @@ from torch import nn
 
 from compress.distill import Classification, Distiller, SoftTarget
 from compress.errors import RecipeError
-from tests.networks import Residual, loader
+from tests.networks import Residual, images, loader
 
 
 def make(teacher: nn.Module | None = None, weights: tuple[float, ...] = ()) -> Distiller:
@@ -67,7 +67,7 @@ def test_a_student_learns_from_its_teacher_alone() -> None:
     module, teacher = make(Residual(8), (1.0,)), None
     teacher = module.teacher
     assert teacher is not None
-    (x, y), *_ = loader(num=48, batch_size=48)
+    x, _ = images()
     first = float(module.losses[0](module(x), teacher(x)))
     trainer(max_epochs=15).fit(module, loader())
     assert float(module.losses[0](module(x), teacher(x))) < 0.5 * first

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import pytest
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor

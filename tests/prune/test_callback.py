@@ -90,7 +90,7 @@ def test_one_shot_removes_everything_at_once() -> None:
 
 
 def test_nothing_pruned_is_an_error() -> None:
-    with pytest.raises(EditError, match="expected something to remove at ratio 0.5, got nothing"):
+    with pytest.raises(EditError, match=r"expected something to remove at ratio 0\.5, got nothing"):
         fit(Foreign(Residual()), pruning(round_to=64))
 
 

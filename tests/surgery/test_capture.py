@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import CaptureError
-from compress.surgery import capture
+from compress.surgery import Captured, capture
 from tests.networks import Residual, images
 
 
-def batch_norm_is_training(captured: nn.Module) -> list[bool]:
-    graph = captured.graph_module.graph  # type: ignore[union-attr]
+def batch_norm_is_training(captured: Captured) -> list[bool]:
+    graph = captured.graph_module.graph
     return [bool(node.args[5]) for node in graph.nodes if node.target is torch.ops.aten.batch_norm.default]
 
 

@@ -16,7 +16,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=5,
 )
-edits = st.builds(Edit, kind=st.sampled_from(["prune", "other"]), data=st.dictionaries(st.text(), json_values, max_size=3))
+edits = st.builds(
+    Edit, kind=st.sampled_from(["prune", "other"]), data=st.dictionaries(st.text(), json_values, max_size=3)
+)
 
 
 @given(st.lists(edits, max_size=4))

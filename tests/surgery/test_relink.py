@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -37,10 +39,14 @@ def test_moments_are_sliced_and_weights_move(make: object) -> None:
 
 def test_groups_keep_their_members() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    weights = [network[0].weight, network[1].weight]
-    optimizer = torch.optim.SGD(
-        [{"params": weights, "weight_decay": 0.1}, {"params": [network[0].bias, network[1].bias]}], lr=0.1
-    )
+    first, second = network[0], network[1]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(second, nn.Linear)
+    groups: list[dict[str, Any]] = [
+        {"params": [first.weight, second.weight], "weight_decay": 0.1},
+        {"params": [first.bias, second.bias]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.1)
     before = dict(network.named_parameters())
     apply_slices(network, {"0.bias": {"0": [0, 1, 2, 3]}, "1.weight": {"0": [1]}, "1.bias": {"0": [1]}}, {})
     relink_optimizer(optimizer, before, dict(network.named_parameters()), {})  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ def test_a_pruned_and_quantised_network_comes_back(tmp_path: Path) -> None:
     data = plan_removal(network, [x[:2]], {"conv1": 8})
     assert data is not None
     history = History([Edit("prune", data)])
-    replay_prune(network, history.to_list() and next(iter(history)))
+    replay_prune(network, Edit("prune", data))
     history.append(Edit("quantize", {"scheme": "int8", "inputs": describe_inputs([x[:2]])}))
     prepared = prepare(network, [x[:2]], "int8").train()
     prepared(x)

@@ -1,6 +1,7 @@
 """One file per engine: how its form of the network is built, and how its kernels are counted.
 
-Each module has ``FILE``, ``build(program, path)``, ``census(path)`` and ``requires()``.
+Each module has ``FILE``, ``build(program, path)``, which returns a ``Census`` where the engine compiles, and
+``requires()``, which says what a machine needs to run the file.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,51 +21,80 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from compress.errors import ExportError
+from compress.export.archive import repack
 from compress.export.graph import widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
 from compress.runtime.requirements import native_requirements
 
-__all__ = ["FILE", "build", "census", "requires"]
+__all__ = ["FILE", "build", "count_kernels", "requires"]
 
 FILE = "model.aoti.pt2"
 
-_INT8 = re.compile(r"aoti_torch_cpu_\w*(?:qconv|qlinear)\w*")
-_FLOAT = re.compile(r"aoti_torch_cpu_\w*(?:convolution|mkldnn_\w*linear|addmm|bmm|_mm_|mm_out|baddbmm)\w*")
+# Calls from the generated wrapper into torch's kernels, and Inductor's own matrix products, whose names carry types.
+_INT8 = re.compile(r"\baoti_torch_cpu_\w*(?:qconv|qlinear)\w*(?=\()|^void cpp_\w*int8\w*gemm\w*(?=\()", re.MULTILINE)
+_FLOAT = re.compile(
+    r"\baoti_torch_cpu_(?!\w*(?:qconv|qlinear))\w*(?:convolution|linear|addmm|bmm|_mm_out|rnn_layer|scaled_dot_product)"
+    r"\w*(?=\()|^void cpp_(?!\w*int8)\w*gemm\w*(?=\()",
+    re.MULTILINE,
+)
 
 
-def build(program: ExportedProgram, path: Path) -> None:
-    """Compile the program into one file, without debug information.
+def build(program: ExportedProgram, path: Path) -> Census:
+    """Compile the program into one file without debug information and sources, and count its kernels.
 
     Raises:
         ExportSkippedError: when there is no C++ compiler.
+        ExportError: when the compiler fails.
     """
     _check_compiler()
     _register_weight_packing()
-    with torch.no_grad():
-        torch._inductor.aoti_compile_and_package(
-            widen_single_channels(program), package_path=str(path), inductor_configs={"freezing": True}
-        )
-    _strip(path)
+    try:
+        with torch.no_grad():
+            torch._inductor.aoti_compile_and_package(
+                widen_single_channels(program), package_path=str(path), inductor_configs=_settings()
+            )
+    except Exception as error:  # Inductor raises many kinds; each means the same to the user
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(f"aoti: expected a program that Inductor compiles, got: {reason}. Leave the target out.") from error
+    with zipfile.ZipFile(path) as package:
+        found = count_kernels(package.read(name).decode() for name in package.namelist() if name.endswith(".cpp"))
+    repack(path, _slim)
+    return found
 
 
-def census(path: Path) -> Census:
-    """Count the kernels that the generated code calls."""
-    calls: Counter[str] = Counter()
-    with zipfile.ZipFile(path) as archive:
-        for name in archive.namelist():
-            if name.endswith(".cpp"):
-                code = archive.read(name).decode()
-                calls.update(_INT8.findall(code))
-                calls.update(_FLOAT.findall(code))
-                # Matrix products from Inductor's own templates carry their data types in the micro-kernel's name.
-                calls.update(re.findall(r"^void (cpp_\w*(?:int8|bf16|fp32)?_?gemm\w*)\(", code, re.MULTILINE))
-    int8 = sum(count for name, count in calls.items() if _INT8.fullmatch(name) or "int8" in name)
-    return Census(int8, sum(calls.values()) - int8, dict(calls))
+def count_kernels(sources: Iterable[str]) -> Census:
+    """Count the matrix kernels that generated C++ code calls.
+
+    Args:
+        sources: The files' text.
+
+    Example:
+        >>> count_kernels(["aoti_torch_cpu__qlinear_pointwise_tensor(x); aoti_torch_cpu_addmm_out(y);"])
+        Census(int8_kernels=1, float_kernels=1, details={'aoti_torch_cpu__qlinear_pointwise_tensor': 1,
+        'aoti_torch_cpu_addmm_out': 1})
+    """
+    int8, floats = Counter[str](), Counter[str]()
+    for code in sources:
+        int8.update(_INT8.findall(code))
+        floats.update(_FLOAT.findall(code))
+    return Census(int8.total(), floats.total(), {**int8, **floats})
 
 
 def requires() -> dict[str, Any]:
     """Return what a machine needs to run code compiled on this one."""
     return native_requirements()
+
+
+def _settings() -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "freezing": True,
+        # Else the number of threads of this machine is written into the code.
+        "cpp.dynamic_threads": True,
+    }
+    if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
+        settings["aot_inductor.enable_line_tables"] = False  # takes compile time and two thirds of a small package
+    return settings
 
 
 def _check_compiler() -> None:
@@ -87,20 +117,15 @@ def _register_weight_packing() -> None:
     _register_quantization_weight_pack_pass()
 
 
-def _strip(path: Path) -> None:
-    """Take symbols out of the shared libraries: they are two thirds of a small package."""
+def _slim(name: str, content: bytes) -> bytes | None:
+    """Leave out the sources and strip the libraries of symbols."""
+    if name.endswith(".cpp"):
+        return None
     tool = shutil.which("strip")
-    if tool is None:
-        return
+    if tool is None or not name.endswith(".so"):
+        return content
     with tempfile.TemporaryDirectory() as folder:
-        slim = Path(folder) / path.name
         library = Path(folder) / "library.so"
-        with zipfile.ZipFile(path) as source, zipfile.ZipFile(slim, "w", zipfile.ZIP_STORED) as target:
-            for entry in source.infolist():
-                content = source.read(entry)
-                if entry.filename.endswith(".so"):
-                    library.write_bytes(content)
-                    subprocess.run([tool, "--strip-unneeded", str(library)], check=True, capture_output=True)
-                    content = library.read_bytes()
-                target.writestr(entry, content)
-        shutil.copyfile(slim, path)
+        library.write_bytes(content)
+        subprocess.run([tool, "--strip-unneeded", str(library)], check=True, capture_output=True)
+        return library.read_bytes()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.export.targets import Census
+from compress.export.archive import repack
+from compress.export.graph import drop_traces, drop_unused
 
-__all__ = ["FILE", "build", "census", "requires"]
+__all__ = ["FILE", "build", "requires"]
 
 FILE = "program.pt2"
 
@@ -20,18 +21,17 @@ FILE = "program.pt2"
 def build(program: ExportedProgram, path: Path) -> None:
     """Save the program, its quantization operators written out as arithmetic.
 
-    A loading process then needs no library that registers them.
+    A loading process then needs no library that registers them. There is no census: this engine computes in floating
+    point by design.
     """
     with torch.no_grad():
         plain = program.run_decompositions(_arithmetic())
+    drop_unused(plain)
+    drop_traces(plain)
     # Example inputs would be stored along with it, and nothing reads them.
     plain._example_inputs = None
     torch.export.save(plain, path)
-
-
-def census(path: Path) -> Census | None:
-    """Return nothing: this engine computes in floating point by design."""
-    return None
+    repack(path)
 
 
 def requires() -> dict[str, Any]:

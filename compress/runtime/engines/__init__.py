@@ -21,10 +21,14 @@ class Engine(Protocol):
     """Runs a batch.
 
     Attributes:
-        takes: ``"torch"`` or ``"numpy"``: what it takes and gives.
+        takes: ``"torch"`` or ``"numpy"``: what it takes and gives, on the CPU.
     """
 
     takes: str
+
+    @property
+    def threads(self) -> int:
+        """Threads of one call."""
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs of a batch."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import MissingPackageError
 
-__all__ = ["EagerEngine", "make"]
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+__all__ = ["EagerEngine", "fold_constants", "make"]
 
 
 class EagerEngine:
@@ -24,13 +27,49 @@ class EagerEngine:
         import torch
 
         self._torch = torch
-        self._program = torch.export.load(path).module(check_guards=False)
+        self._program = fold_constants(torch.export.load(path).module(check_guards=False))
+
+    @property
+    def threads(self) -> int:
+        """Threads of one call."""
+        return self._torch.get_num_threads()
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs of a batch of tensors."""
         with self._torch.no_grad():
             outputs = self._program(*inputs)
         return [outputs] if self._torch.is_tensor(outputs) else list(outputs)
+
+
+def fold_constants(graph_module: GraphModule) -> GraphModule:
+    """Compute once what depends on weights alone: mostly int8 weights back into floats.
+
+    Args:
+        graph_module: From an exported program, without random operators; changed in place.
+
+    Returns:
+        The same module.
+    """
+    import torch
+
+    known: dict[Any, Any] = {}
+    graph = graph_module.graph
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node.op == "get_attr":
+                known[node] = _attribute(graph_module, node.target)
+            elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+                args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = node.target(*args, **kwargs)
+    for index, (node, value) in enumerate(known.items()):
+        if node.op == "call_function" and torch.is_tensor(value) and any(user not in known for user in node.users):
+            name = f"folded_{index}"
+            graph_module.register_buffer(name, value.detach())
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.get_attr(name))
+    graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
 
 
 def make(path: Path, num_threads: int | None) -> EagerEngine:
@@ -42,3 +81,10 @@ def make(path: Path, num_threads: int | None) -> EagerEngine:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return EagerEngine(path)
+
+
+def _attribute(graph_module: GraphModule, name: Any) -> Any:
+    value: Any = graph_module
+    for part in str(name).split("."):
+        value = getattr(value, part)
+    return value

@@ -1,0 +1,28 @@
+"""Rewriting the zip archives that torch writes uncompressed."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["repack"]
+
+
+def repack(path: Path, change: Callable[[str, bytes], bytes | None] | None = None) -> None:
+    """Compress an archive's entries in place; torch's readers take them as well.
+
+    Args:
+        path: A ``.pt2`` file.
+        change: Maps an entry's name and content to its new content, or to ``None`` to leave it out.
+    """
+    slim = path.with_name(f"{path.name}.slim")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            content: bytes | None = source.read(entry)
+            if change is not None and content is not None:
+                content = change(entry.filename, content)
+            if content is not None:
+                target.writestr(entry.filename, content)
+    os.replace(slim, path)

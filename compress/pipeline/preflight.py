@@ -1,0 +1,73 @@
+"""Find out before hours of training what would fail after them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import DataError, RecipeError
+from compress.prune import find_groups
+from compress.quantize import prepare
+from compress.recipe import Recipe
+
+__all__ = ["load_weights", "preflight"]
+
+
+def preflight(recipe: Recipe) -> None:
+    """Load the data, run the networks on two samples, and try what the recipe will do to them; nothing is written.
+
+    Raises:
+        DataError: when the data are missing or do not fit the networks.
+        RecipeError: when the teacher's checkpoint does not fit.
+        EditError: when the student cannot be pruned, or a layer to ignore does not exist.
+        CaptureError: when the student cannot be quantised.
+    """
+    recipe.data.prepare_data()
+    recipe.data.setup("fit")
+    batch = next(iter(recipe.data.val_dataloader()))
+    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
+        raise DataError("data: expected batches (inputs, targets) of tensors, got others. Return such pairs.")
+    inputs, targets = batch[0][:2], batch[1][:2]
+    if recipe.teacher is not None:
+        if recipe.teacher.checkpoint is not None:
+            load_weights(recipe.teacher.model, Path(recipe.teacher.checkpoint))
+        _try(recipe, "teacher.model", recipe.teacher.model, inputs, targets)
+    _try(recipe, "student", recipe.student, inputs, targets)
+    student = copy.deepcopy(recipe.student)
+    if recipe.prune is not None:
+        find_groups(student, (inputs,), ignore=recipe.prune.ignore)
+    if recipe.quantize is not None:
+        prepare(student, (inputs,), recipe.quantize.scheme)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load a state_dict, or a checkpoint that holds one under ``state_dict``, with ``weights_only=True``.
+
+    Raises:
+        RecipeError: when the file is missing, of another kind, or of another network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state.get("state_dict", state))
+    except Exception as error:  # a missing file, a foreign format or other weights
+        raise RecipeError(
+            f"teacher.checkpoint: expected weights of {type(model).__name__} in {path}, got {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. Give a state_dict saved with torch.save."
+        ) from error
+
+
+def _try(recipe: Recipe, key: str, network: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    try:
+        with torch.no_grad():
+            outputs = copy.deepcopy(network).eval()(inputs)
+            recipe.task.loss(outputs, targets)
+            recipe.task.metrics("").update(outputs, targets)
+    except Exception as error:  # whatever the network or the task says to inputs that do not fit
+        shape = ", ".join(["N", *map(str, inputs.shape[1:])])
+        raise DataError(
+            f"{key}: expected a network that takes inputs of shape ({shape}) and fits the task, "
+            f"got {type(error).__name__}: {' '.join(str(error).split())[:300]}. Change {key}.init_args or data."
+        ) from error

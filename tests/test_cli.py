@@ -1,0 +1,149 @@
+"""The command line: what it prints, what it refuses, and that it leaves nothing behind when it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import compress.cli
+from compress.models import ResNet
+
+DIGITS = ["--trainer.max_epochs", "1", "--teacher.max_epochs", "1"]
+
+
+def call(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    code = compress.cli.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return code, captured.out, " ".join(captured.err.split())
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+FIXED_BATCH = """
+from torch import nn
+class FixedBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return self.fc(-x.flatten(1))
+        return self.fc(x.flatten(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prune.rato", "0.3"], "rato"),
+        (["--seed", "soon"], "seed"),
+        (["--prune.ratio", "1.5"], "prune.ratio: expected a value in [0, 1), got 1.5. Use 0.5"),
+        (["--quantize.start", "0.5"], "quantize.start: expected a value after prune.end"),
+        (["--student.class_path", "nowhere.Net"], "nowhere"),
+        (["--prune.ignore", "[layer9]"], "prune.ignore: expected names of layers, got 'layer9'"),
+        (["--teacher.checkpoint", "none.pt"], "teacher.checkpoint: expected weights of ResNet in none.pt"),
+        (["--teacher.checkpoint", "other.pt"], "teacher.checkpoint: expected weights of ResNet in other.pt"),
+        (
+            ["--student.init_args.in_channels", "3"],
+            "student: expected a network that takes inputs of shape (N, 1, 8, 8)",
+        ),
+        (
+            ["--task.init_args.num_classes", "7"],
+            "expected a network that takes inputs of shape (N, 1, 8, 8) and fits the task",
+        ),
+        (["--data", "compress.data.FashionMNIST", "--data.init_args.root", "nowhere"], "nowhere"),
+        (
+            ["--student", "fixed.FixedBatch", "--prune", "null"],
+            "capture: expected a network that torch.export can capture",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message_and_leaves_nothing(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(ResNet(in_channels=1, width=8, blocks=(1,)).state_dict(), "other.pt")
+    Path("fixed.py").write_text(FIXED_BATCH)
+    before = {path.name for path in tmp_path.iterdir()}
+    code, out, err = call(capsys, "run", "digits", *words, "--run_dir", tmp_path / "run")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in out + err
+    assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == before
+
+
+def test_an_existing_run_directory_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    code, _, err = call(capsys, "run", "digits", "--run_dir", tmp_path / "run")
+    assert code == 2
+    assert "expected a new or empty run directory, got one that exists" in err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["run", "digts"], "expected a file or one of digits"),
+        (["run"], "recipe: expected a YAML file or the name of a shipped recipe, got none"),
+        (["run", "--resume", "nowhere"], "nowhere: expected a run directory with a recipe.yaml"),
+        (["run", "digits", "--resume", "nowhere"], "--resume: expected no recipe beside it"),
+        (["report", "nowhere"], "nowhere: expected a run directory"),
+        (["bench", "nowhere"], "nowhere: expected a run directory"),
+        (["predict", "nowhere", "x.npy"], "nowhere: expected an artefact with a manifest.json"),
+    ],
+)
+def test_wrong_paths_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert message in err
+
+
+def test_broken_yaml_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("broken.yaml").write_text("student: {class_path: [")
+    code, _, err = call(capsys, "run", "broken.yaml")
+    assert code == 2
+    assert "broken.yaml" in err
+
+
+def test_print_config_is_a_complete_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "run", "digits", "--prune.ratio", "0.3", "--print_config")
+    assert code == 0
+    Path("printed.yaml").write_text(out)
+    again = call(capsys, "run", "printed.yaml", "--print_config")
+    assert again[:2] == (0, out)
+    assert "ratio: 0.3" in out
+
+
+def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        compress.cli.main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for command in ("run", "fit", "test", "export", "bench", "report", "predict", "recipes"):
+        assert f"  {command} " in text
+    code, out, _ = call(capsys, "run", "--keys")
+    assert code == 0
+    assert "--trainer.max_epochs" in out
+    assert "--prune.ratio" in out or "--prune" in out
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "recipes")
+    assert code == 0
+    assert "digits" in out
+    assert "fashion_mnist" in out
+
+
+def test_arrays_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("objects.npy", np.array([object()]), allow_pickle=True)
+    (tmp_path / "x").mkdir()
+    code, _, err = call(capsys, "predict", tmp_path / "x", "objects.npy")
+    assert code == 2
+    assert "expected an artefact" in err
