@@ -40,16 +40,6 @@ find_python() {
     fail "python: expected python3 on PATH, got none. Install Python 3.11, 3.12 or 3.13."
 }
 
-# Print pip's arguments for PyTorch's index of CPU builds, where it can be reached and there is no NVIDIA GPU: the
-# build on PyPI brings two gigabytes of CUDA along.
-cpu_index() {
-    local url="https://download.pytorch.org/whl/cpu"
-    if [[ "$(uname -s)" == Linux ]] && ! command -v nvidia-smi >/dev/null 2>&1 &&
-        "$1" -c "import urllib.request as r; r.urlopen('$url/torch/', timeout=5)" >/dev/null 2>&1; then
-        printf '%s\n' "--extra-index-url $url"
-    fi
-}
-
 prepare_environment() {
     local extras="$1" venv="${COMPRESS_VENV:-$root/.venv}" python base stamp wanted
     [[ "$venv" == /* ]] || venv="$PWD/$venv"
@@ -69,9 +59,7 @@ print(hashlib.sha256(b"\0".join([*(Path(p).read_bytes() for p in sys.argv[2:]), 
     )"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         heading "Install compress[$extras] (several minutes the first time)"
-        # The unquoted substitution is no argument at all, or two.
-        "$python" -m pip install -q -q --disable-pip-version-check $(cpu_index "$python") \
-            -c "$root/constraints.txt" -e "$root[$extras]"
+        "$python" -m pip install -q -q --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$extras]"
         printf '%s\n' "$wanted" >"$stamp"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"

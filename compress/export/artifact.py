@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def export_artifact(
         raise ExportError(f"{directory}: expected no artefact yet, got one. Choose another directory or move it away.")
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:
-        raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}. Choose.")
+        raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
     inputs = input_specs(program)
     wanted = reference_outputs(reference, held_out)
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def export_artifact(
         built, skipped = _build_all(program, temporary, targets, wanted, held_out, scheme, gates, progress)
         manifest = Manifest(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             inputs=inputs,
             outputs=(TensorSpec("output", str(wanted.dtype), (None, *wanted.shape[1:])),),
             max_batch=largest_batch(program),
@@ -113,9 +113,9 @@ def _build_all(
             try:
                 built[engine], reasons = _build_one(engine, program, folder, wanted, held_out, scheme, gates)
                 failed += reasons
-            except ExportSkippedError as reason:
-                skipped[engine] = str(reason)
-                warnings.warn(f"{reason} Going on with the other targets.", stacklevel=4)
+            except ExportSkippedError as error:
+                skipped[engine] = str(error)
+                warnings.warn(f"{error} Going on with the other targets.", stacklevel=4)
             bar.advance(task)
     if failed:
         failed.append("Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets.")

@@ -40,6 +40,7 @@ def failures(engine: str, gates: Gates, census: Census | None, parity: Parity, *
         parity: Distance from the trained module.
         quantized: Whether int8 kernels are expected.
     """
+    batches = parity.batches
     limit = gates.max_relative_error if quantized else min(gates.max_relative_error, FLOAT_TOLERANCE)
     for found, where in ((parity.batches, ""), (parity.singles, ", one by one")):
         # Written so that not-a-number fails.
@@ -48,10 +49,10 @@ def failures(engine: str, gates: Gates, census: Census | None, parity: Parity, *
                 f"{engine}: expected a relative error of at most {limit:g} (export.max_relative_error), "
                 f"got {found.relative_error:.4g} on {found.num_samples} held-out inputs{where}."
             )
-    if not parity.batches.top1_agreement >= gates.min_top1_agreement:
+    if not batches.top1_agreement >= gates.min_top1_agreement:
         yield (
-            f"{engine}: expected a top-1 agreement of at least {gates.min_top1_agreement:g} (export.min_top1_agreement), "
-            f"got {parity.batches.top1_agreement:.4g} on {parity.batches.num_samples} held-out inputs."
+            f"{engine}: expected a top-1 agreement of at least {gates.min_top1_agreement:g} "
+            f"(export.min_top1_agreement), got {batches.top1_agreement:.4g} on {batches.num_samples} held-out inputs."
         )
     if quantized and census is not None and census.int8_fraction < gates.min_int8_fraction:
         yield (

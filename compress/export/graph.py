@@ -15,7 +15,7 @@ from compress.errors import ExportError
 from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 
-__all__ = ["drop_traces", "drop_unused", "input_specs", "largest_batch", "widen_single_channels"]
+__all__ = ["drop_traces", "input_specs", "largest_batch", "widen_single_channels"]
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
@@ -26,7 +26,7 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     Raises:
         ExportError: when the batch dimension of an input is fixed, or an input is not laid out contiguously.
     """
-    specs = []
+    specs: list[TensorSpec] = []
     for node, value in _user_inputs(program):
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
         if not shape or shape[0] is not None:
@@ -45,7 +45,7 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
 
 def largest_batch(program: ExportedProgram) -> int | None:
     """Return the largest batch size that a program was captured for, or ``None`` without a limit."""
-    limits = []
+    limits: list[int] = []
     for _, value in _user_inputs(program):
         size = value.shape[0]
         limit = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
@@ -77,14 +77,6 @@ def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
     graph_module.recompile()
     args, _ = program.example_inputs
     return export_program(graph_module, args)
-
-
-def drop_unused(program: ExportedProgram) -> None:
-    """Drop tensors that the graph does not read, in place: a converted network still lists its float weights."""
-    read = {spec.target for spec in program.graph_signature.input_specs}
-    for tensors in (program.state_dict, program.constants):
-        for name in set(tensors) - read:
-            del tensors[name]
 
 
 def drop_traces(program: ExportedProgram) -> None:
@@ -122,11 +114,11 @@ def _widen(graph_module: GraphModule, convolution: Node) -> bool:
         padded = graph_module.graph.call_function(
             torch.ops.aten.constant_pad_nd.default, (activation.args[0], padding, 0)
         )
-        wide_activation = graph_module.graph.node_copy(activation, lambda node: padded if node is activation.args[0] else node)
-        holder = graph_module.graph.get_attr(wide)
-        wide_weight = graph_module.graph.node_copy(weight, lambda node: holder if node is weight.args[0] else node)
-    convolution.update_arg(0, wide_activation)
-    convolution.update_arg(1, wide_weight)
+        kernel = graph_module.graph.get_attr(wide)
+        copies = [graph_module.graph.node_copy(node) for node in (activation, weight)]
+    for index, (copy, integers) in enumerate(zip(copies, (padded, kernel))):
+        copy.update_arg(0, integers)
+        convolution.update_arg(index, copy)
     return True
 
 

@@ -15,7 +15,16 @@ import numpy as np
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-__all__ = ["OnnxGraph", "drop_metadata", "drop_relus", "pool_globally", "quantize_biases", "quantize_branches", "rewrite"]
+__all__ = [
+    "OnnxGraph",
+    "drop_metadata",
+    "drop_relus",
+    "pool_globally",
+    "quantize_biases",
+    "quantize_branches",
+    "rewrite",
+    "split_zero_points",
+]
 
 _WEIGHTED = ("Conv", "Gemm")
 
@@ -27,6 +36,7 @@ def rewrite(model: ModelProto) -> None:
     quantize_branches(graph)
     quantize_biases(graph)
     pool_globally(graph)
+    split_zero_points(graph)
     graph.finish()
     drop_metadata(model)
 
@@ -113,7 +123,11 @@ def drop_relus(graph: OnnxGraph) -> None:
     for node in [node for node in graph.nodes if node.op_type == "Relu"]:
         users = graph.users(node.output[0])
         ranges = [graph.range(user) if user.op_type == "QuantizeLinear" else None for user in users]
-        if users and not graph.is_output(node.output[0]) and all(found is not None and found[0] == 0 for found in ranges):
+        if (
+            users
+            and not graph.is_output(node.output[0])
+            and all(found is not None and found[0] == 0 for found in ranges)
+        ):
             graph.remove(node)
 
 
@@ -155,6 +169,13 @@ def quantize_biases(graph: OnnxGraph) -> None:
             graph.constant(f"{name}_zero", np.zeros(unit.shape, np.int32)),
         ]
         node.input[2] = graph.insert(node, "DequantizeLinear", inputs, f"{name}_dequantized", axis=0)
+
+
+def split_zero_points(graph: OnnxGraph) -> None:
+    """Give each weight a zero point of its own: ONNX Runtime fails on shared ones where it turns weights to uint8."""
+    for node in graph.nodes:
+        if node.op_type == "DequantizeLinear" and node.input[0] in graph.constants and graph.scale(node):
+            node.input[2] = graph.constant(f"{node.output[0]}_zero", graph.constants[node.input[2]])
 
 
 def pool_globally(graph: OnnxGraph) -> None:

@@ -79,7 +79,7 @@ def _latencies(
         {
             "stage": stage,
             "engine": engine,
-            "threads": torch.get_num_threads(),
+            "threads": engines[engine].threads if stage == "artifact" else torch.get_num_threads(),
             "p50_ms": measured[f"{stage}/{engine}"].p50_ms,
             "p95_ms": measured[f"{stage}/{engine}"].p95_ms,
         }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ def report(run: RunDirectory) -> None:
     run.console.rule("[bold]report[/]")
     tested, measured = run.read_json("test"), run.read_json("bench")
     scheme = any(edit.kind == "quantize" for edit in run.network("final")[1])
-    last = "final" if scheme or run.snapshot("pruned").exists() or run.snapshot("distilled").exists() else None
     names = {
         "teacher": "teacher",
         "baseline": "student alone",
@@ -37,12 +34,12 @@ def report(run: RunDirectory) -> None:
     stages.append(_stage("int8 artefact" if scheme else "artefact", artifact["metrics"], artifact))
     result = Report(
         recipe=run.recipe.name,
-        command=shlex.join(["compress", *sys.argv[1:]]),
+        command=run.command,
         seed=run.recipe.seed,
         task_metric=run.recipe.task.metric,
         stages=stages,
         curves=_curves(run),
-        widths=_widths(run) if last else [],
+        widths=_widths(run) if run.recipe.prune is not None else [],
         machine=describe_machine(),
         notes=_notes(run, tested),
     )
@@ -91,6 +88,8 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
         f"Test split measured once per stage, last-epoch weights, one seed ({recipe.seed}).",
         "Latency: all networks interleaved in one process; teacher to pruned in eager fp32.",
         "Bytes: state_dict on disk for stages, the served engine's file for the artefact.",
+        "Peak memory: growth of a fresh process that loads and runs it; for the artefact with its engine's library, "
+        "for the other stages without torch's.",
     ]
     if "baseline" in tested:
         notes.append(

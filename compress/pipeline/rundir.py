@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class RunDirectory:
     def is_main_process(self) -> bool:
         """Whether this process writes files (rank 0)."""
         return getattr(rank_zero_only, "rank", 0) == 0
+
+    @property
+    def command(self) -> str:
+        """The command that began the run."""
+        return _header(self.path, "command") or "compress.run"
 
     @property
     def artifact(self) -> Path:
@@ -145,7 +151,8 @@ def create_run(
     else:
         config, parser = parse_recipe(recipe, overrides)
         built = build_recipe(config, parser, name=Path(recipe).stem)
-        text = parser.dump(config)
+        command = shlex.join(["compress", "run", str(recipe), *overrides])
+        text = f"# recipe: {built.name}\n# command: {command}\n{parser.dump(config)}"
     if rank_zero_only.rank:
         return RunDirectory(_directory_of_rank_zero(path), built, console)
     directory = Path(path) if path else Path("runs") / built.name / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -158,7 +165,7 @@ def create_run(
     directory.mkdir(parents=True, exist_ok=True)
     if text is not None:
         temporary = directory / "recipe.yaml.tmp"
-        temporary.write_text(f"# recipe: {built.name}\n{text}")
+        temporary.write_text(text)
         os.replace(temporary, directory / "recipe.yaml")
     os.environ[_RANKS_SHARE] = str(directory.resolve())
     return RunDirectory(directory, built, console)
@@ -181,11 +188,17 @@ def open_run(path: str | Path, *, overrides: Sequence[str] = (), console: Consol
         raise RunError(
             f"{directory}: expected a run directory with a recipe.yaml, got none. Start one: compress run RECIPE."
         )
-    first = file.read_text().splitlines()[:1]
-    name = first[0].removeprefix("# recipe: ") if first and first[0].startswith("# recipe: ") else directory.parent.name
+    name = _header(directory, "recipe") or directory.parent.name
     config, parser = parse_recipe(file, overrides)
     os.environ[_RANKS_SHARE] = str(directory.resolve())
     return RunDirectory(directory, build_recipe(config, parser, name=name), console or Console())
+
+
+def _header(directory: Path, key: str) -> str | None:
+    # What a run remembers beside its recipe stands in comments at the top of the file.
+    file = directory / "recipe.yaml"
+    lines = file.read_text().splitlines()[:2] if file.is_file() else []
+    return next((line.removeprefix(f"# {key}: ") for line in lines if line.startswith(f"# {key}: ")), None)
 
 
 def _directory_of_rank_zero(path: str | Path | None) -> Path:

@@ -1,4 +1,4 @@
-"""Serve an artefact with the fastest engine this machine has. Light: no Lightning, and torch only where an engine is torch."""
+"""Serve an artefact with the fastest engine this machine has; torch is imported only where an engine needs it."""
 
 from __future__ import annotations
 

@@ -6,14 +6,13 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from compress.errors import ArtifactError, MissingPackageError
+from compress.errors import ArtifactError, CompressError
 from compress.measure.latency import measure_latency
 from compress.measure.machine import describe_machine
-from compress.runtime.engines import ENGINES, Engine, make_engine
+from compress.runtime.engines import ENGINES, Engine, make_engine, missing_package
 from compress.runtime.manifest import Manifest, check_file, read_manifest
 from compress.runtime.model import CompactModel, example_call
 from compress.runtime.requirements import why_not
@@ -49,14 +48,29 @@ def load(
             f"engine: expected one of {', '.join(manifest.targets)}, got {engine!r}. Use 'auto', or export that target."
         )
 
-    @cache
     def make(name: str) -> Engine:
         return make_engine(name, check_file(directory, manifest.targets[name]), num_threads=num_threads)
 
     wanted = list(manifest.targets) if engine == "auto" else [engine]
-    usable = _usable(manifest, wanted, make, strict=engine != "auto")
-    chosen = usable[0] if len(usable) == 1 else _fastest(manifest, usable, make, directory, num_threads)
-    return CompactModel(manifest, chosen, make, engines=usable)
+    reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest))}
+    able = [name for name in wanted if name not in reasons]
+    memory = _Memory(directory, able, num_threads)
+    remembered = [name for name in able if len(able) > 1 and name == memory.read()]
+    loaded = _load_each(remembered, make, reasons) or _load_each(able, make, reasons)
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if not loaded:
+        raise ArtifactError(
+            f"{manifest.name}: expected an engine that runs here, got none ({why}). "
+            "Export on this machine, or install an engine."
+        )
+    if reasons:
+        warnings.warn(f"left out on this machine: {why}; served by: {', '.join(loaded)}", stacklevel=2)
+    chosen = next(iter(loaded))
+    if len(loaded) > 1:
+        chosen = _fastest(manifest, loaded)
+        memory.write(chosen)
+    usable = [name for name in able if name not in reasons]
+    return CompactModel(manifest, chosen, loaded[chosen], make, engines=usable)
 
 
 def load_and_call(path: str, engine: str) -> Callable[[], object]:
@@ -66,46 +80,31 @@ def load_and_call(path: str, engine: str) -> Callable[[], object]:
     return example_call(make_engine(engine, check_file(directory, manifest.targets[engine])), manifest, 1)
 
 
-def _usable(manifest: Manifest, wanted: Sequence[str], make: Callable[[str], Engine], *, strict: bool) -> list[str]:
-    usable, reasons = [], []
-    for name in wanted:
-        reason = None if name in ENGINES else "this version does not know it"
-        reason = reason or why_not(manifest.targets[name].requires)
-        if reason is None:
-            try:
-                make(name)
-            except ArtifactError:
-                raise  # a damaged file is not a matter of this machine
-            except MissingPackageError as error:
-                reason = str(error)
-            except Exception as error:  # a library that does not load its file; any kind of exception
-                reason = f"{type(error).__name__}: {str(error).strip()[:200]}"
-        if reason is None:
-            usable.append(name)
-        else:
-            reasons.append(f"{name}: {reason}")
-    if not usable or (strict and reasons):
-        raise ArtifactError(
-            f"{manifest.name}: expected an engine that runs here, got none ({'; '.join(reasons)}). "
-            "Export on this machine, or install an engine."
-        )
-    if reasons:
-        warnings.warn(f"left out on this machine: {'; '.join(reasons)}; served by: {', '.join(usable)}", stacklevel=3)
-    return usable
+def _why_not(name: str, manifest: Manifest) -> str | None:
+    if name not in ENGINES:
+        return "this version does not know it"
+    package = missing_package(name)
+    if package:
+        return f"{package} is not installed"
+    return why_not(manifest.targets[name].requires)
 
 
-def _fastest(
-    manifest: Manifest, usable: Sequence[str], make: Callable[[str], Engine], directory: Path, num_threads: int | None
-) -> str:
-    memory = _Memory(directory, usable, num_threads)
-    remembered = memory.read()
-    if remembered in usable:
-        return str(remembered)
-    calls = {name: example_call(make(name), manifest, 1) for name in usable}
+def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dict[str, str]) -> dict[str, Engine]:
+    loaded = {}
+    for name in names:
+        try:
+            loaded[name] = make(name)
+        except CompressError:
+            raise  # a damaged file is not a matter of this machine
+        except Exception as error:  # a library that cannot load its file raises anything
+            reasons[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return loaded
+
+
+def _fastest(manifest: Manifest, engines: Mapping[str, Engine]) -> str:
+    calls = {name: example_call(engine, manifest, 1) for name, engine in engines.items()}
     measured = measure_latency(calls, seconds=2.0 / len(calls))
-    chosen = min(usable, key=lambda name: measured[name].p50_ms)
-    memory.write(chosen)
-    return chosen
+    return min(measured, key=lambda name: measured[name].p50_ms)
 
 
 class _Memory:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compress.errors import ArtifactError
 
 __all__ = ["FORMAT_VERSION", "Manifest", "Target", "TensorSpec", "check_file", "read_manifest", "sha256"]
@@ -102,21 +104,16 @@ def read_manifest(path: str | Path) -> Manifest:
     """
     file = Path(path) / "manifest.json"
     if not file.is_file():
-        raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give the artefact's directory.")
+        raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give its directory.")
     try:
         content = json.loads(file.read_text())
         version = content["format_version"]
         if version == FORMAT_VERSION:
-            return Manifest(
-                **{
-                    **content,
-                    "inputs": _specs(content["inputs"]),
-                    "outputs": _specs(content["outputs"]),
-                    "targets": {str(name): Target(**target) for name, target in content["targets"].items()},
-                }
-            )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ArtifactError(f"{file}: expected a manifest, got {type(error).__name__}: {error}. Export again.") from error
+            return _parse(content)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ArtifactError(
+            f"{file}: expected a manifest, got {type(error).__name__}: {error}. Export again."
+        ) from error
     raise ArtifactError(f"{file}: expected format_version {FORMAT_VERSION}, got {version!r}. Update compress.")
 
 
@@ -138,9 +135,51 @@ def check_file(directory: Path, target: Target) -> Path:
     if not path.is_file():
         raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
     if sha256(path) != target.sha256:
-        raise ArtifactError(f"{path}: expected SHA-256 {target.sha256[:12]}…, got another. It was changed; export again.")
+        raise ArtifactError(f"{path}: expected SHA-256 {target.sha256[:12]}…, got another. Export again.")
     return path
 
 
-def _specs(entries: list[dict[str, Any]]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
+_OPTIONAL: dict[str, type] = {"labels": list, "preprocessing": dict, "scheme": str, "max_batch": int}
+_KINDS: dict[str, type] = {
+    **dict.fromkeys(("name", "created", "task"), str),
+    **dict.fromkeys(("inputs", "outputs", "history"), list),
+    **dict.fromkeys(("targets", "metrics", "versions", "skipped"), dict),
+}
+_TARGET_KINDS: dict[str, type] = {
+    **dict.fromkeys(("file", "sha256"), str),
+    **dict.fromkeys(("census", "agreement", "requires"), dict),
+    "bytes": int,
+}
+
+
+def _parse(content: dict[str, Any]) -> Manifest:
+    present = {key: kind for key, kind in _OPTIONAL.items() if content.get(key) is not None}
+    _check_kinds(content, _KINDS | present)
+    for target in content["targets"].values():
+        _check_kinds(target, _TARGET_KINDS)
+    if content.get("preprocessing"):
+        _check_kinds(content["preprocessing"], {"mean": list, "std": list})
+        float(content["preprocessing"]["scale"])
+    return Manifest(
+        **{
+            **content,
+            "inputs": tuple(_spec(entry) for entry in content["inputs"]),
+            "outputs": tuple(_spec(entry) for entry in content["outputs"]),
+            "targets": {name: Target(**target) for name, target in content["targets"].items()},
+        }
+    )
+
+
+def _spec(entry: dict[str, Any]) -> TensorSpec:
+    _check_kinds(entry, {"name": str, "dtype": str, "shape": list})
+    sizes = entry["shape"]
+    if not sizes or sizes[0] is not None or not all(size is None or isinstance(size, int) for size in sizes):
+        raise ValueError(f"shape {sizes} of {entry['name']}")
+    np.dtype(entry["dtype"])
+    return TensorSpec(entry["name"], entry["dtype"], tuple(sizes))
+
+
+def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(content[key], kind):
+            raise TypeError(f"{key} is of type {type(content[key]).__name__}")

@@ -23,7 +23,8 @@ class CompactModel:
     Args:
         manifest: What the artefact says of itself.
         engine: Name of the engine that serves.
-        make: Returns a loaded engine by name.
+        run: That engine, loaded.
+        make: Loads an engine by name.
         engines: Names of all engines that can run here.
     """
 
@@ -31,6 +32,7 @@ class CompactModel:
         self,
         manifest: Manifest,
         engine: str,
+        run: Engine,
         make: Callable[[str], Engine],
         *,
         engines: Sequence[str],
@@ -39,7 +41,7 @@ class CompactModel:
         self.engine = engine
         self.engines = tuple(engines)
         self._make = make
-        self._run = make(engine)
+        self._run = run
 
     def __call__(self, *inputs: Any) -> Any:
         """Run a batch.
@@ -103,6 +105,11 @@ class CompactModel:
                 )
         return rows
 
+    @property
+    def threads(self) -> int:
+        """Threads of one call."""
+        return self._run.threads
+
     def __repr__(self) -> str:
         return f"CompactModel({self.manifest.name!r}, engine={self.engine!r}, scheme={self.manifest.scheme!r})"
 
@@ -165,8 +172,7 @@ def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return "numpy"
     # Without importing torch: it need not be installed.
-    home = type(value).__module__.partition(".")[0]
-    return "torch" if hasattr(value, "detach") else f"{home}.{type(value).__name__}"
+    return "torch" if hasattr(value, "detach") else type(value).__name__
 
 
 def _split(engine: Engine, inputs: Sequence[Any], largest: int | None) -> Any:
@@ -190,7 +196,7 @@ def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
 
     if given == "numpy":
         # torch cannot share memory that is read-only or runs backwards.
-        return engine([torch.from_numpy(np.require(value, requirements="CW")) for value in inputs])[0].numpy()
+        return engine([torch.from_numpy(np.require(value, requirements=["C", "W"])) for value in inputs])[0].numpy()
     device = inputs[0].device
     tensors = [value.detach().cpu() for value in inputs]
     if engine.takes == "torch":

@@ -56,7 +56,9 @@ def build(program: ExportedProgram, path: Path) -> Census:
             )
     except Exception as error:  # Inductor raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(f"aoti: expected a program that Inductor compiles, got: {reason}. Leave the target out.") from error
+        raise ExportError(
+            f"aoti: expected a program that Inductor compiles, got: {reason}. Leave the target out."
+        ) from error
     with zipfile.ZipFile(path) as package:
         found = count_kernels(package.read(name).decode() for name in package.namelist() if name.endswith(".cpp"))
     repack(path, _slim)

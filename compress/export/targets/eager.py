@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.export.archive import repack
-from compress.export.graph import drop_traces, drop_unused
+from compress.export.graph import drop_traces
 
 __all__ = ["FILE", "build", "requires"]
 
@@ -26,7 +26,6 @@ def build(program: ExportedProgram, path: Path) -> None:
     """
     with torch.no_grad():
         plain = program.run_decompositions(_arithmetic())
-    drop_unused(plain)
     drop_traces(plain)
     # Example inputs would be stored along with it, and nothing reads them.
     plain._example_inputs = None

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ENGINES", "Engine", "make_engine"]
+__all__ = ["ENGINES", "Engine", "make_engine", "missing_package"]
 
 ENGINES = {
     "eager": "compress.runtime.engines.eager",
     "aoti": "compress.runtime.engines.aoti",
     "onnxruntime": "compress.runtime.engines.onnxruntime",
 }
-"""Engine name to the module whose ``make(path, num_threads)`` builds it, in the order of portability."""
+"""Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
+the installed ``PACKAGE``."""
 
 
 class Engine(Protocol):
@@ -46,3 +48,12 @@ def make_engine(name: str, path: Path, *, num_threads: int | None = None) -> Eng
         MissingPackageError: when the engine's library is not installed.
     """
     return import_module(ENGINES[name]).make(path, num_threads)
+
+
+def missing_package(name: str) -> str | None:
+    """Return the package that an engine needs and that is not installed, or ``None``."""
+    package = import_module(ENGINES[name]).PACKAGE
+    try:
+        return None if find_spec(package) else package
+    except (ImportError, ValueError):  # something keeps it from being imported
+        return package

@@ -8,7 +8,9 @@ from typing import Any
 
 from compress.errors import MissingPackageError
 
-__all__ = ["AOTIEngine", "make"]
+__all__ = ["PACKAGE", "AOTIEngine", "make"]
+
+PACKAGE = "torch"
 
 
 class AOTIEngine:

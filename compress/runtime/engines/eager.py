@@ -11,7 +11,9 @@ from compress.errors import MissingPackageError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-__all__ = ["EagerEngine", "fold_constants", "make"]
+__all__ = ["PACKAGE", "EagerEngine", "fold_constants", "make"]
+
+PACKAGE = "torch"
 
 
 class EagerEngine:

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import MissingPackageError
-from compress.measure.machine import describe_machine
+from compress.measure.machine import cpu_flags, describe_machine
 
-__all__ = ["ONNXRuntimeEngine", "make"]
+__all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
+
+PACKAGE = "onnxruntime"
+
+_VNNI = {"avx512_vnni", "avx_vnni"}
 
 
 class ONNXRuntimeEngine:
@@ -34,8 +38,9 @@ class ONNXRuntimeEngine:
         options.intra_op_num_threads = self.threads
         # Idle threads would go on spinning between calls and slow down whatever else this process does.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        # Without it, int8 sums overflow on processors that have AVX2 or AVX-512 but no VNNI.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        if not cpu_flags() & _VNNI:
+            # Sums of int8 products overflow on AVX2 and AVX-512 without VNNI; uint8 weights are exact, and slower.
+            options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._names = [entry.name for entry in self._session.get_inputs()]
 

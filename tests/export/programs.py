@@ -1,0 +1,93 @@
+"""Trained little programs and one artefact, made once for all tests of export and runtime."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.nn import functional as F
+
+from compress.export import Gates, export_artifact
+from compress.models import ResNet
+from compress.quantize import convert, prepare
+from compress.surgery.capture import export_program
+from tests.networks import images
+
+LABELS = ["left", "middle", "right"]
+PREPROCESSING = {"scale": 0.5, "mean": [0.1], "std": [2.0], "layout": "NCHW"}
+
+
+class Trained(NamedTuple):
+    """A program with the module it must agree with."""
+
+    program: ExportedProgram
+    reference: nn.Module
+    inputs: Tensor
+
+
+@cache
+def floating() -> Trained:
+    """Return a float network: one input channel, a shortcut convolution, identity shortcuts."""
+    torch.manual_seed(0)
+    network = ResNet(1, 3, width=8, blocks=(1, 1))
+    _train(network, 40, 1e-2)
+    inputs = images(150, seed=2)[0]
+    return Trained(export_program(network.eval(), [inputs[:2]]), network, inputs)
+
+
+@cache
+def quantized() -> Trained:
+    """Return the same network after some quantization-aware training."""
+    torch.manual_seed(0)
+    network = ResNet(1, 3, width=8, blocks=(1, 1))
+    network.load_state_dict(floating().reference.state_dict())
+    prepared = prepare(network, [images(2)[0]], "int8")
+    _train(prepared, 10, 1e-3)
+    inputs = images(150, seed=2)[0]
+    return Trained(export_program(convert(prepared.eval()), [inputs[:2]]), prepared, inputs)
+
+
+@cache
+def artifact() -> Path:
+    """Export the quantised network for every engine; do not change the files."""
+    folder = Path(tempfile.mkdtemp(prefix="artifact"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    trained = quantized()
+    export_artifact(
+        trained.program,
+        folder / "small",
+        targets=["eager", "aoti", "onnxruntime"],
+        reference=trained.reference,
+        held_out=[trained.inputs],
+        scheme="int8",
+        gates=Gates(min_top1_agreement=0.95),
+        metadata={
+            "name": "small",
+            "task": "classification",
+            "labels": LABELS,
+            "preprocessing": PREPROCESSING,
+            "metrics": {"accuracy": 0.9},
+            "history": [{"kind": "quantize"}],
+        },
+    )
+    return folder / "small"
+
+
+def _train(network: nn.Module, steps: int, learning_rate: float) -> None:
+    optimizer = torch.optim.AdamW(network.parameters(), learning_rate)
+    x, y = images(96)
+    network.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(steps):
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import platform
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.export.targets import Census, ExportSkippedError, aoti
+from compress.runtime.manifest import read_manifest
+from tests.export.programs import artifact, quantized
+
+
+def test_kernels_are_told_apart() -> None:
+    code = """
+        aoti_torch_cpu__qconv_pointwise_tensor(a); aoti_torch_cpu__qconv2d_pointwise_binary_tensor(b);
+        aoti_torch_cpu__qlinear_pointwise_tensor(c); aoti_torch_cpu_mkldnn__convolution_pointwise(d);
+        aoti_torch_cpu__linear_pointwise(e); aoti_torch_cpu_addmm_out(f); aoti_torch_cpu_bmm_out(g);
+        aoti_torch_empty_strided(h); aoti_torch_cpu_copy_(i);
+    """
+    assert aoti.count_kernels([code]).int8_kernels == 3
+    assert aoti.count_kernels([code]).float_kernels == 4
+    assert aoti.count_kernels(["int main() {}"]) == Census(0, 0)
+
+
+def test_every_layer_became_an_integer_kernel() -> None:
+    census = read_manifest(artifact()).targets["aoti"].census
+    assert (census["int8_kernels"], census["float_kernels"]) == (7, 0)
+
+
+def test_the_census_sees_the_silent_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What Inductor does without freezing: the same program, in floats, without a word.
+    settings = {**aoti._settings(), "freezing": False}
+    monkeypatch.setattr(aoti, "_settings", lambda: settings)
+    census = aoti.build(quantized().program, tmp_path / aoti.FILE)
+    assert census.int8_fraction < 0.5
+
+
+def test_outputs_are_those_of_the_program_whatever_the_batch() -> None:
+    # In particular with one input channel, where Inductor's own outputs are in the wrong order.
+    trained = quantized()
+    with torch.no_grad():
+        wanted = trained.program.module()(trained.inputs)
+    package = torch._inductor.aoti_load_package(str(artifact() / aoti.FILE))
+    for num in (1, 2, 150):
+        found = package(trained.inputs[:num])
+        # Sums in another order may fall to another side of a rounding; that moves an output by one step of many.
+        assert float((found - wanted[:num]).norm() / wanted[:num].norm()) < 0.01
+
+
+def test_the_package_is_small_and_holds_no_sources_and_no_debug_information() -> None:
+    path = artifact() / aoti.FILE
+    with zipfile.ZipFile(path) as package:
+        names = package.namelist()
+        library = package.read(next(name for name in names if name.endswith(".so")))
+    assert not any(name.endswith(".cpp") for name in names)
+    assert b".debug_line" not in library
+    assert b".symtab" not in library
+    assert path.stat().st_size < 250_000
+
+
+def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor import cpp_builder
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    def missing() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
+    with pytest.raises(ExportSkippedError, match=r"expected a C\+\+ compiler, got none"):
+        aoti.build(quantized().program, tmp_path / aoti.FILE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_requirements_name_this_machine() -> None:
+    requires = aoti.requires()
+    assert requires["arch"] == platform.machine()
+    assert torch.__version__.startswith(requires["torch"] + ".")
+    assert "avx2" in requires["flags"] or platform.machine() != "x86_64"

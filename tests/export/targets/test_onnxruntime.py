@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.export.targets import ExportSkippedError, onnxruntime
+from tests.export.programs import floating, quantized
+
+
+def test_every_layer_of_a_residual_net_becomes_an_integer_kernel(tmp_path: Path) -> None:
+    census = onnxruntime.build(quantized().program, tmp_path / onnxruntime.FILE)
+    assert (census.int8_kernels, census.float_kernels) == (7, 0)
+    assert census.details["QLinearConv"] == 6
+    # One for the input; were there more, values would go to floats and back in between.
+    assert census.details["QuantizeLinear"] == 1
+
+
+def test_a_float_program_has_float_kernels(tmp_path: Path) -> None:
+    census = onnxruntime.build(floating().program, tmp_path / onnxruntime.FILE)
+    assert (census.int8_kernels, census.float_kernels) == (0, 7)
+
+
+def test_the_file_is_alone_and_holds_no_paths(tmp_path: Path) -> None:
+    path = tmp_path / onnxruntime.FILE
+    onnxruntime.build(quantized().program, path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [onnxruntime.FILE]
+    assert b"site-packages" not in path.read_bytes()
+
+
+def test_what_does_not_fit_into_one_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "_LARGEST", 100)
+    with pytest.raises(ExportSkippedError, match="at most 100 bytes"):
+        onnxruntime.build(quantized().program, tmp_path / onnxruntime.FILE)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.errors import ExportError
+from compress.export import Gates, export_artifact
+from compress.export.targets import ExportSkippedError, aoti, eager, onnxruntime
+from compress.runtime.manifest import check_file, read_manifest
+from tests.export.programs import LABELS, PREPROCESSING, artifact, floating, quantized
+
+
+def export(directory: Path, *, targets: tuple[str, ...] = ("eager",), **changes: Any) -> Any:
+    trained = quantized()
+    arguments: dict[str, Any] = {
+        "reference": trained.reference,
+        "held_out": [trained.inputs],
+        "scheme": "int8",
+        "gates": Gates(min_top1_agreement=0.95),
+        "targets": targets,
+        **changes,
+    }
+    return export_artifact(arguments.pop("program", trained.program), directory, **arguments)
+
+
+def test_the_manifest_says_what_there_is() -> None:
+    manifest = read_manifest(artifact())
+    assert (manifest.name, manifest.task, manifest.scheme) == ("small", "classification", "int8")
+    assert (manifest.labels, manifest.preprocessing) == (LABELS, PREPROCESSING)
+    assert manifest.inputs[0].shape == (None, 1, 8, 8)
+    assert (manifest.outputs[0].dtype, manifest.outputs[0].shape) == ("float32", (None, 3))
+    assert (manifest.history, manifest.metrics) == ([{"kind": "quantize"}], {"accuracy": 0.9})
+    assert list(manifest.targets) == ["eager", "aoti", "onnxruntime"]
+    assert manifest.versions["torch"] == torch.__version__.partition("+")[0] or manifest.versions["torch"]
+    for target in manifest.targets.values():
+        assert check_file(artifact(), target).stat().st_size == target.bytes
+        assert target.agreement["num_samples"] == 150
+        assert target.agreement["relative_error"] < 0.1
+
+
+def test_the_directory_holds_the_manifest_and_the_targets_only() -> None:
+    names = {entry.name for entry in artifact().iterdir()}
+    assert names == {"manifest.json", eager.FILE, aoti.FILE, onnxruntime.FILE}
+    assert [entry.name for entry in artifact().parent.iterdir()] == ["small"]
+
+
+def test_an_int8_artefact_is_smaller_than_its_float_twin(tmp_path: Path) -> None:
+    trained = floating()
+    targets = ("eager", "onnxruntime")
+    export(tmp_path / "f", program=trained.program, reference=trained.reference, scheme=None, targets=targets)
+    twin, small = read_manifest(tmp_path / "f"), read_manifest(artifact())
+    assert twin.scheme is None
+    for name in targets:
+        assert small.targets[name].bytes < twin.targets[name].bytes
+        assert twin.targets[name].agreement["relative_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gates": Gates(max_relative_error=1e-9)}, r"eager: expected a relative error of at most 1e-09"),
+        ({"gates": Gates(min_top1_agreement=1.01)}, r"eager: expected a top-1 agreement"),
+        ({"reference": lambda x: -quantized().reference(x)}, r"relative error"),
+        ({"scheme": None}, r"relative error of at most 0.0001"),
+        ({"targets": ("eager", "tvm")}, r"got tvm"),
+        ({"targets": ()}, r"at least one target, got none: no targets"),
+        (
+            {"program": floating().program, "targets": ("onnxruntime",), "gates": Gates(9, 0)},
+            r"0 of 7: it would run in fl",
+        ),
+    ],
+)
+def test_a_failed_gate_leaves_nothing_behind(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        export(tmp_path / "sub" / "a", **changes)
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_all_failures_come_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ExportError) as caught:
+        export(tmp_path / "a", targets=("eager", "onnxruntime"), gates=Gates(1e-9, 1.01))
+    assert [str(caught.value).count(name) for name in ("eager:", "onnxruntime:")] == [3, 3]
+
+
+def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(program: object, path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(eager, "build", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        export(tmp_path / "a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "mine").write_text("1")
+    with pytest.raises(ExportError, match="expected no artefact yet"):
+        export(tmp_path / "a")
+    assert (tmp_path / "a" / "mine").read_text() == "1"
+
+
+def test_a_target_that_cannot_be_built_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(program: object, path: Path) -> None:
+        raise ExportSkippedError("aoti: expected a C++ compiler, got none.")
+
+    monkeypatch.setattr(aoti, "build", build)
+    with pytest.warns(UserWarning, match=r"C\+\+ compiler, got none\. Going on"):
+        manifest = export(tmp_path / "a", targets=("aoti", "eager"))
+    assert list(manifest.targets) == ["eager"]
+    assert "compiler" in manifest.skipped["aoti"]
+    with pytest.raises(ExportError, match="at least one target"):
+        export(tmp_path / "b", targets=("aoti",))
+
+
+def test_the_manifest_is_plain_json_without_paths_of_this_machine() -> None:
+    text = (artifact() / "manifest.json").read_text()
+    assert json.loads(text)["format_version"] == 1
+    assert str(artifact().parent) not in text

@@ -1,0 +1,104 @@
+"""The command line survives what kills it: SIGKILL in pruning, SIGKILL in quantization, Ctrl-C in mid-epoch."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+FIT = ["fit", "digits", "--baseline", "false", "--teacher.max_epochs", "1", "--trainer.max_epochs", "8"]
+FIT += ["--data.init_args.batch_size", "32", "--trainer.enable_progress_bar", "false"]
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "COMPRESS_CACHE": str(folder / "cache")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "compress.cli", *words],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(folder: Path, *words: str) -> str:
+    process = start(folder, *words)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, out
+    return out
+
+
+def stop_when(process: subprocess.Popen[str], run: Path, due: Callable[[list[str]], bool], how: signal.Signals) -> str:
+    """Send a signal once the edits in the resume point are as wanted."""
+    path = run / "checkpoints" / "student.last.ckpt"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists():
+            kinds = [edit["kind"] for edit in torch.load(path, weights_only=True)["compress_history"]]
+            if due(kinds):
+                process.send_signal(how)
+                break
+        time.sleep(0.02)
+    out, _ = process.communicate(timeout=200)
+    return out
+
+
+def final(run: Path) -> dict[str, Tensor]:
+    return torch.load(run / "checkpoints" / "final.pt", weights_only=True)["state_dict"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    finish(folder, *FIT, "--run_dir", "whole")
+    return folder
+
+
+def same(folder: Path, run: str) -> bool:
+    expected, got = final(folder / "whole"), final(folder / run)
+    return list(expected) == list(got) and all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_sigkill_in_pruning_and_again_in_quantization(folder: Path) -> None:
+    run = folder / "killed"
+    process = start(folder, *FIT, "--run_dir", "killed")
+    stop_when(process, run, lambda kinds: "prune" in kinds and "quantize" not in kinds, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    process = start(folder, "fit", "--resume", "killed")
+    stop_when(process, run, lambda kinds: "quantize" in kinds, signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (run / "checkpoints" / "final.pt").exists()
+    assert "going on from" in finish(folder, "fit", "--resume", "killed")
+    assert same(folder, "killed")
+
+
+def test_ctrl_c_in_mid_epoch(folder: Path) -> None:
+    run = folder / "interrupted"
+    process = start(folder, *FIT, "--run_dir", "interrupted")
+    out = stop_when(process, run, lambda kinds: "prune" in kinds, signal.SIGINT)
+    assert process.returncode == 130, out
+    assert "compress run --resume" in " ".join(out.split())
+    state = torch.load(run / "checkpoints" / "student.last.ckpt", weights_only=True)
+    assert state["global_step"] > 0
+    finish(folder, "fit", "--resume", "interrupted")
+    assert same(folder, "interrupted")
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(folder: Path) -> None:
+    run = folder / "other"
+    process = start(folder, *FIT, "--run_dir", "other")
+    stop_when(process, run, lambda kinds: "prune" in kinds, signal.SIGKILL)
+    process = start(folder, "fit", "--resume", "other", "--student.init_args.width", "16")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "Traceback" not in out
+    assert "expected" in out

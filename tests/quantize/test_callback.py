@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback
+from torch import Tensor
+
+from compress.distill import Classification, Distiller
+from compress.errors import RecipeError
+from compress.quantize import QuantizationAwareTraining
+from compress.surgery import Captured, history_of
+from tests.networks import Residual, loader
+
+
+class Watch(Callback):
+    """Looks at the graph itself, not at ``.training``: what ran in training and in validation."""
+
+    def __init__(self) -> None:
+        self.train: list[tuple[int, set[bool], set[bool]]] = []
+        self.val: list[tuple[set[bool], set[bool]]] = []
+        self.means: list[Tensor] = []
+        self.stuck: list[str] = []
+        self.moments: list[int] = []
+        self._before: dict[str, Tensor] = {}
+
+    def modes(self, pl_module: pl.LightningModule) -> tuple[set[bool], set[bool]] | None:
+        network = pl_module.student
+        if not isinstance(network, Captured):
+            return None
+        nodes = network.graph_module.graph.nodes
+        norms = {bool(n.args[5]) for n in nodes if n.target is torch.ops.aten.batch_norm.default}
+        return norms, {bool(n.args[2]) for n in nodes if n.target is torch.ops.aten.dropout.default}
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._before = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+        self.moments.append(len(trainer.optimizers[0].state))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if modes := self.modes(pl_module):
+            self.train.append((trainer.current_epoch, *modes))
+            self.means.append(pl_module.student.state_dict()["norm.running_mean"].clone())  # type: ignore[union-attr, operator]
+            self.stuck += [n for n, p in pl_module.named_parameters() if torch.equal(p, self._before[n])]
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if modes := self.modes(pl_module):
+            self.val.append(modes)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> tuple[Distiller, Watch, QuantizationAwareTraining]:
+    pl.seed_everything(0)
+    module = Distiller(
+        Residual(), task=Classification(3), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
+    )
+    watch, qat = Watch(), QuantizationAwareTraining(start=0.2, freeze_batchnorm=0.8)
+    trainer = pl.Trainer(
+        max_epochs=5,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        num_sanity_val_steps=0,
+        callbacks=[qat, watch],
+    )
+    trainer.fit(module, loader(), loader(seed=1, shuffle=False))
+    return module, watch, qat
+
+
+def test_training_mode_comes_back_after_each_validation(
+    fitted: tuple[Distiller, Watch, QuantizationAwareTraining],
+) -> None:
+    _, watch, _ = fitted
+    assert [epoch for epoch, *_ in watch.train] == [e for e in range(1, 5) for _ in range(4)]
+    assert all(norms == {True} and dropout == {True} for epoch, norms, dropout in watch.train if epoch < 4)
+    assert len(watch.val) == 16
+    assert all(norms == {False} and dropout == {False} for norms, dropout in watch.val)
+
+
+def test_batchnorm_stands_still_late_and_dropout_does_not(
+    fitted: tuple[Distiller, Watch, QuantizationAwareTraining],
+) -> None:
+    _, watch, _ = fitted
+    assert all(norms == {False} and dropout == {True} for epoch, norms, dropout in watch.train if epoch == 4)
+    assert all(torch.equal(mean, watch.means[-1]) for mean in watch.means[-4:])
+    assert not torch.equal(watch.means[0], watch.means[4])
+
+
+def test_all_weights_move_and_moments_are_kept(fitted: tuple[Distiller, Watch, QuantizationAwareTraining]) -> None:
+    module, watch, _ = fitted
+    assert watch.stuck == []
+    num_parameters = len(list(module.student.parameters()))
+    assert watch.moments == [0] + [num_parameters] * 19
+
+
+def test_history_and_conversion(fitted: tuple[Distiller, Watch, QuantizationAwareTraining]) -> None:
+    module, _, qat = fitted
+    (edit,) = history_of(module)
+    assert edit.kind == "quantize"
+    assert edit.data == {"scheme": "int8", "inputs": [{"shape": [2, 1, 8, 8], "dtype": "float32"}]}
+    assert qat.converted is not None
+    x, _ = next(iter(loader(seed=1, shuffle=False)))
+    agree = qat.converted(x).argmax(1) == module.eval()(x).argmax(1)
+    assert float(agree.float().mean()) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": 1.0}, r"quantize\.start: expected a value in \[0, 1\), got 1\.0"),
+        ({"start": 0.5, "freeze_batchnorm": 0.4}, r"quantize\.freeze_batchnorm: expected a value in \[0\.5, 1\]"),
+        ({"scheme": "int7"}, r"quantize\.scheme: expected one of int8, got 'int7'"),
+    ],
+)
+def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizationAwareTraining(**arguments)

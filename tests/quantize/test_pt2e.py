@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from compress.errors import CaptureError, RecipeError
+from compress.measure.cost import num_bytes
+from compress.quantize import convert, prepare
+from compress.quantize.pt2e import num_quantized
+from compress.surgery import Captured
+from tests.networks import Residual, images
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Residual, Captured]:
+    """A network whose BatchNorms have seen data, and its prepared twin after some more steps."""
+    torch.manual_seed(0)
+    network, (x, y) = Residual(), images(64)
+    for _ in range(5):
+        network(x)
+    prepared = prepare(copy.deepcopy(network), [x[:2]], "int8").train()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.05)
+    for _ in range(10):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(prepared(x), y).backward()
+        optimizer.step()
+    return network, prepared
+
+
+def test_batchnorm_keeps_its_constants() -> None:
+    """PT2E's fused pattern has eps 1e-5 and momentum 0.1 written in; the network has neither."""
+    prepared = prepare(Residual(), [torch.randn(2, 1, 8, 8)], "int8")
+    graph = prepared.graph_module.graph
+    norms = {n.args[4].target: n.args[6:8] for n in graph.nodes if n.target is torch.ops.aten.batch_norm.default}
+    assert norms == {
+        "norm.running_var": (0.3, 1e-3),
+        "norm1.running_var": (0.1, 1e-5),
+        "norm2.running_var": (0.1, 1e-2),
+    }
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_without_rounding_it_is_the_same_network(training: bool) -> None:
+    torch.manual_seed(0)
+    network, (x, _) = Residual(), images(16)
+    network.dropout.p = 0.0
+    for _ in range(3):
+        network(x)
+    prepared = prepare(copy.deepcopy(network), [x[:2]], "int8")
+    for module in prepared.graph_module.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.fake_quant_enabled[0] = 0  # type: ignore[index, operator]
+    expected, got = network.train(training)(x), prepared.train(training)(x)
+    assert torch.allclose(expected, got, atol=1e-4)
+    for name in ("norm.running_mean", "norm.running_var", "norm2.running_var"):
+        assert torch.allclose(network.state_dict()[name], prepared.state_dict()[name], atol=1e-5), name
+
+
+def test_every_matrix_product_is_quantised(trained: tuple[Residual, Captured]) -> None:
+    assert num_quantized(trained[1]) == 4
+
+
+def test_converted_equals_fake_quantised(trained: tuple[Residual, Captured]) -> None:
+    x, _ = images(64, seed=1)
+    prepared = trained[1].eval()
+    with torch.no_grad():
+        fake, integer = prepared(x), convert(prepared)(x)
+    assert float((fake - integer).norm() / fake.norm()) < 0.02
+    assert float((fake.argmax(1) == integer.argmax(1)).float().mean()) > 0.98
+
+
+def test_converted_holds_integers_alone(trained: tuple[Residual, Captured]) -> None:
+    network, prepared = trained
+    converted = convert(prepared)
+    weights = [tensor for tensor in converted.state_dict().values() if tensor.dim() > 1]
+    assert {tensor.dtype for tensor in weights} == {torch.int8}
+    assert sum(tensor.numel() for tensor in weights) == sum(p.numel() for p in network.parameters() if p.dim() > 1)
+    assert num_bytes(converted) < num_bytes(network)
+
+
+def test_converting_leaves_the_prepared_network_alone(trained: tuple[Residual, Captured]) -> None:
+    prepared = trained[1]
+    before = {name: tensor.clone() for name, tensor in prepared.state_dict().items()}
+    convert(prepared)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.state_dict().items())
+
+
+def test_evaluation_does_not_move_the_ranges(trained: tuple[Residual, Captured]) -> None:
+    prepared = copy.deepcopy(trained[1])
+    before = {name: tensor.clone() for name, tensor in prepared.state_dict().items() if "activation" in name}
+    prepared.eval()(100 * images(16)[0])
+    moved = [n for n, t in prepared.state_dict().items() if n in before and not torch.equal(t, before[n])]
+    assert all(name.endswith("observer_enabled") for name in moved)
+    prepared.train()(100 * images(16)[0])
+    assert any(
+        not torch.equal(t, before[n]) for n, t in prepared.state_dict().items() if n in before and n.endswith("scale")
+    )
+
+
+def test_nothing_to_quantise_is_an_error() -> None:
+    with pytest.raises(CaptureError, match="expected convolutions or linear layers"):
+        prepare(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()), [torch.randn(2, 3)], "int8")
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(RecipeError, match=r"quantize\.scheme: expected one of int8, got 'int5'"):
+        prepare(Residual(), [torch.randn(2, 1, 8, 8)], "int5")

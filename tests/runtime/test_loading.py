@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.errors import ArtifactError
+from compress.runtime import load, loading, requirements
+from compress.runtime.engines import ENGINES
+from compress.runtime.loading import load_and_call
+from tests.export.programs import artifact, quantized
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact(), tmp_path / "copy"))
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
+    """Record what is measured, and let the engine win that comes last in the alphabet."""
+    seen: list[set[str]] = []
+
+    def measure(calls: dict[str, Callable[[], object]], **_: Any) -> dict[str, Any]:
+        seen.append(set(calls))
+        for call in calls.values():
+            call()
+        return {name: loading_latency(-ord(name[0])) for name in calls}
+
+    monkeypatch.setattr(loading, "measure_latency", measure)
+    return seen
+
+
+def loading_latency(milliseconds: float) -> Any:
+    from compress.measure.latency import Latency
+
+    return Latency(milliseconds, milliseconds, 20)
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    file = directory / "manifest.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def test_the_fastest_engine_serves_and_is_remembered(timed: list[set[str]]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = load(artifact())
+        again = load(artifact())
+    assert model.engine == again.engine == "onnxruntime"
+    assert model.engines == again.engines == ("eager", "aoti", "onnxruntime")
+    assert timed == [{"eager", "aoti", "onnxruntime"}]
+
+
+def test_another_number_of_threads_is_measured_anew(timed: list[set[str]]) -> None:
+    load(artifact())
+    load(artifact(), num_threads=2)
+    assert len(timed) == 2
+
+
+@pytest.mark.parametrize("content", [b"unknown", b"\xff\xfe", b""])
+def test_a_damaged_memory_is_measured_anew(timed: list[set[str]], cache: Path, content: bytes) -> None:
+    load(artifact())
+    for file in (cache / "engines").iterdir():
+        file.write_bytes(content)
+    assert load(artifact()).engine == "onnxruntime"
+    assert len(timed) == 2
+
+
+def test_without_a_writable_cache_it_still_loads(
+    timed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "file" / "below"))
+    assert load(artifact()).engine == "onnxruntime"
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_an_engine_can_be_named(engine: str, timed: list[set[str]]) -> None:
+    model = load(artifact(), engine=engine)
+    assert (model.engine, model.engines) == (engine, (engine,))
+    assert not timed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"engine": "tvm"}, "expected one of eager, aoti, onnxruntime, got 'tvm'"),
+        ({"device": "tpu"}, "got 'tpu'"),
+        ({"num_threads": 0}, "expected at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact(), **arguments)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+@pytest.mark.parametrize("auto", [True, False])
+def test_a_changed_file_is_refused(copy: Path, engine: str, auto: bool, timed: list[set[str]]) -> None:
+    file = copy / json.loads((copy / "manifest.json").read_text())["targets"][engine]["file"]
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="expected SHA-256"):
+        load(copy, engine="auto" if auto else engine)
+
+
+def test_a_processor_without_the_instructions_gets_the_portable_engine_and_is_told(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(copy, lambda content: content["targets"].pop("onnxruntime"))
+    monkeypatch.setattr(requirements, "cpu_flags", lambda: {"sse2"})
+    with pytest.warns(UserWarning, match=r"aoti: this processor lacks .*; served by: eager"):
+        model = load(copy)
+    assert model.engine == "eager"
+    assert model(quantized().inputs).shape == (150, 3)
+    with pytest.raises(ArtifactError, match="this processor lacks"):
+        load(copy, engine="aoti")
+
+
+def test_an_engine_whose_library_rejects_its_file_is_left_out(copy: Path, timed: list[set[str]]) -> None:
+    from compress.runtime.manifest import sha256
+
+    broken = copy / "model.onnx"
+    broken.write_bytes(b"not a network")
+    edit(copy, lambda content: content["targets"]["onnxruntime"].update(sha256=sha256(broken)))
+    with pytest.warns(UserWarning, match="left out on this machine: onnxruntime"):
+        model = load(copy)
+    assert model.engines == ("eager", "aoti")
+
+
+def test_an_unknown_engine_of_a_later_version_is_left_out(copy: Path, timed: list[set[str]]) -> None:
+    edit(copy, lambda content: content["targets"].update(quantum=content["targets"]["eager"]))
+    with pytest.warns(UserWarning, match="quantum: this version does not know it"):
+        assert "quantum" not in load(copy).engines
+
+
+def test_no_engine_at_all_is_an_error_with_every_reason(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit(copy, lambda content: [content["targets"].pop(name) for name in ("onnxruntime", "eager")])
+    monkeypatch.setattr(requirements, "cpu_flags", lambda: {"sse2"})
+    with pytest.raises(ArtifactError, match=r"small: expected an engine that runs here, got none \(aoti: this proc"):
+        load(copy)
+
+
+def test_load_and_call_runs_one_sample() -> None:
+    outputs = load_and_call(str(artifact()), "onnxruntime")()
+    assert [output.shape for output in outputs] == [(1, 3)]  # type: ignore[attr-defined]

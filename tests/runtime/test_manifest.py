@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from compress.errors import ArtifactError
+from compress.runtime.manifest import FORMAT_VERSION, Manifest, Target, check_file, read_manifest, sha256
+
+CONTENT: dict[str, Any] = {
+    "name": "small",
+    "created": "2026-01-01T00:00:00+00:00",
+    "task": "classification",
+    "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 1, 8, 8]}],
+    "outputs": [{"name": "output", "dtype": "float32", "shape": [None, 3]}],
+    "targets": {
+        "eager": {
+            "file": "program.pt2", "bytes": 4, "sha256": "0" * 64,
+            "census": {}, "agreement": {}, "requires": {},
+        }
+    },
+    "labels": ["a", "b", "c"],
+    "preprocessing": {"scale": 0.1, "mean": [0.0], "std": [1.0], "layout": "NCHW"},
+    "scheme": "int8",
+    "metrics": {"accuracy": 0.9},
+    "history": [],
+    "versions": {},
+    "skipped": {},
+    "max_batch": None,
+    "format_version": FORMAT_VERSION,
+}
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def write(directory: Path, content: Any) -> Path:
+    (directory / "manifest.json").write_text(json.dumps(content))
+    return directory
+
+
+def paths(content: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    return [path for key, value in items for path in [(*prefix, key), *paths(value, (*prefix, key))]]
+
+
+def test_a_manifest_is_read_as_written(tmp_path: Path) -> None:
+    manifest = read_manifest(write(tmp_path, CONTENT))
+    assert manifest.inputs[0].shape == (None, 1, 8, 8)
+    assert manifest.targets["eager"].file == "program.pt2"
+    assert manifest.labels == ["a", "b", "c"]
+
+
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(where=st.sampled_from(paths(CONTENT)), value=JSON, remove=st.booleans())
+def test_a_damaged_manifest_is_an_artifact_error_or_harmless(
+    tmp_path: Path, where: tuple[Any, ...], value: Any, remove: bool
+) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    holder = content
+    for key in where[:-1]:
+        holder = holder[key]
+    if remove:
+        del holder[where[-1]]
+    else:
+        holder[where[-1]] = value
+    try:
+        manifest = read_manifest(write(tmp_path, content))
+    except ArtifactError:
+        return
+    assert isinstance(manifest, Manifest)
+    assert all(isinstance(target.file, str) for target in manifest.targets.values())
+    assert all(spec.shape[0] is None for spec in manifest.inputs)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", "[" * 100_000, '"x"', "\x00"])
+def test_what_is_no_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(tmp_path)
+
+
+def test_a_later_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"expected format_version 1, got 2\. Update compress"):
+        read_manifest(write(tmp_path, {**CONTENT, "format_version": 2, "news": 1}))
+
+
+def test_no_artefact_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"expected an artefact with a manifest\.json, got none"):
+        read_manifest(tmp_path)
+
+
+def test_files_are_checked(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / "f").write_bytes(b"data")
+    shutil.copy(path / "f", tmp_path / "outside")
+    good = Target(file="f", bytes=4, sha256=sha256(path / "f"))
+    assert check_file(path, good) == path / "f"
+    for name, message in (("../outside", "inside"), ("absent", "got none"), (str(tmp_path / "outside"), "inside")):
+        with pytest.raises(ArtifactError, match=message):
+            check_file(path, Target(file=name, bytes=4, sha256=good.sha256))
+    (path / "f").write_bytes(b"dbta")
+    with pytest.raises(ArtifactError, match="expected SHA-256"):
+        check_file(path, good)

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress.errors import ArtifactError
+from compress.runtime import CompactModel, load
+from compress.runtime.engines import ENGINES
+from compress.runtime.manifest import Manifest, TensorSpec
+from compress.runtime.model import preprocess
+from tests.export.programs import LABELS, artifact, quantized
+
+ENGINE_NAMES = list(ENGINES)
+
+
+@pytest.fixture(params=ENGINE_NAMES)
+def model(request: pytest.FixtureRequest) -> CompactModel:
+    return load(artifact(), engine=request.param)
+
+
+class Doubling:
+    """An engine that refuses large batches."""
+
+    takes = "numpy"
+    threads = 1
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.sizes: list[int] = []
+
+    def __call__(self, inputs: Any) -> list[Any]:
+        self.sizes.append(len(inputs[0]))
+        assert len(inputs[0]) <= self.limit
+        return [sum(inputs) * 2]
+
+
+def doubling(limit: int = 4, inputs: int = 1) -> CompactModel:
+    specs = tuple(TensorSpec(f"x{i}", "float32", (None, 3)) for i in range(inputs))
+    manifest = Manifest("doubling", "", "", specs, (TensorSpec("output", "float32", (None, 3)),), {}, max_batch=limit)
+    engine = Doubling(limit)
+    return CompactModel(manifest, "onnxruntime", engine, lambda name: engine, engines=["onnxruntime"])
+
+
+@pytest.mark.parametrize("num", [1, 2, 7, 64, 150])
+def test_any_batch_size_as_torch_or_numpy(model: CompactModel, num: int) -> None:
+    inputs = quantized().inputs[:num]
+    with torch.no_grad():
+        wanted = quantized().reference(inputs)
+    as_torch, as_numpy = model(inputs), model(inputs.numpy())
+    assert isinstance(as_torch, torch.Tensor)
+    assert isinstance(as_numpy, np.ndarray)
+    assert np.array_equal(as_torch.numpy(), as_numpy)
+    assert float((as_torch - wanted).norm() / wanted.norm()) < 0.1
+    assert not as_torch.requires_grad
+
+
+def test_memory_layout_makes_no_difference(model: CompactModel) -> None:
+    inputs = quantized().inputs[:6]
+    wanted = model(inputs)
+    tensors = [
+        inputs.to(memory_format=torch.channels_last),
+        inputs.as_strided(inputs.shape, (64, 1, 8, 1)),  # one channel: contiguous, yet with channels-last strides
+        inputs.transpose(2, 3).contiguous().transpose(2, 3),
+        inputs.clone().requires_grad_(),
+    ]
+    for tensor in tensors:
+        assert torch.equal(model(tensor), wanted)
+    arrays = [np.asfortranarray(inputs.numpy()), np.ascontiguousarray(inputs.numpy()[::-1])[::-1]]
+    arrays.append(inputs.numpy().copy())
+    arrays[-1].flags.writeable = False
+    for array in arrays:
+        assert np.array_equal(model(array), wanted.numpy())
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((), r"inputs: expected 1 \(x\), got 0"),
+        ((torch.ones(2, 1, 8, 8),) * 2, "got 2"),
+        ((torch.ones(2, 1, 8, 9),), r"x: expected shape \(N, 1, 8, 8\), got \(2, 1, 8, 9\)"),
+        ((np.ones((1, 8, 8), np.float32),), r"expected shape \(N, 1, 8, 8\), got \(1, 8, 8\)"),
+        ((torch.ones(0, 1, 8, 8),), "expected shape"),
+        ((torch.tensor(1.0),), "expected shape"),
+        ((np.ones((2, 1, 8, 8)),), "x: expected dtype float32, got float64"),
+        ((torch.ones(2, 1, 8, 8, dtype=torch.bfloat16),), "got bfloat16"),
+        (([[1.0]],), "inputs: expected arrays or tensors, got list"),
+    ],
+)
+def test_wrong_inputs_are_named(inputs: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact(), engine="onnxruntime")(*inputs)
+
+
+@pytest.mark.parametrize("inputs", [torch.rand(11, 3), np.random.default_rng(0).random((11, 3), np.float32)])
+def test_batches_beyond_the_limit_are_split(inputs: Any) -> None:
+    model = doubling(4)
+    outputs = model(inputs)
+    assert type(outputs) is type(inputs)
+    assert np.array_equal(np.asarray(outputs), np.asarray(inputs) * 2)
+    assert model._run.sizes == [4, 4, 3]  # type: ignore[attr-defined]
+
+
+def test_several_inputs_go_together() -> None:
+    model = doubling(inputs=2)
+    assert np.array_equal(model(np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)), np.full((2, 3), 4))
+    with pytest.raises(ArtifactError, match="same batch size"):
+        model(np.ones((2, 3), np.float32), np.ones((1, 3), np.float32))
+    with pytest.raises(ArtifactError, match="numpy, torch"):
+        model(np.ones((2, 3), np.float32), torch.ones(2, 3))
+
+
+def test_predict_takes_raw_values(model: CompactModel) -> None:
+    x = quantized().inputs[:20]
+    raw = (x.numpy() * 2.0 + 0.1) / 0.5  # the inverse of the artefact's preprocessing
+    labels, probabilities = model.predict(raw)
+    logits = model(x)
+    np.testing.assert_allclose(probabilities, logits.softmax(-1).numpy(), atol=0.02)
+    assert labels == [LABELS[i] for i in probabilities.argmax(-1)]
+    assert np.array_equal(model.predict(raw[:, 0])[1], probabilities)
+
+
+def test_preprocessing_is_by_channel() -> None:
+    manifest = replace(
+        doubling().manifest,
+        inputs=(TensorSpec("x", "float32", (None, 2, 1, 1)),),
+        preprocessing={"scale": 1 / 255, "mean": [0.5, 0.0], "std": [0.5, 2.0]},
+    )
+    raw = np.array([255, 0], np.uint8).reshape(1, 2, 1, 1)
+    np.testing.assert_allclose(preprocess(raw, manifest).ravel(), [1.0, 0.0])
+    assert preprocess(raw, manifest).dtype == np.float32
+
+
+def test_without_labels_predict_gives_numbers() -> None:
+    assert doubling().predict(np.array([[0, 9, 1]], np.float32))[0] == [1]
+
+
+def test_benchmark_has_a_row_for_each_engine_and_batch() -> None:
+    model = load(artifact(), engine="eager")
+    rows = model.benchmark((1, 3), seconds=0.01)
+    assert [(row["batch"], row["engine"]) for row in rows] == [(1, "eager"), (3, "eager")]
+    for row in rows:
+        assert 0 < row["p50_ms"] <= row["p95_ms"]
+        assert row["threads"] == torch.get_num_threads()
+
+
+def test_representation_says_what_serves() -> None:
+    assert repr(load(artifact(), engine="aoti")) == "CompactModel('small', engine='aoti', scheme='int8')"
