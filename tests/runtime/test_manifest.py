@@ -20,8 +20,12 @@ CONTENT: dict[str, Any] = {
     "outputs": [{"name": "output", "dtype": "float32", "shape": [None, 3]}],
     "targets": {
         "eager": {
-            "file": "program.pt2", "bytes": 4, "sha256": "0" * 64,
-            "census": {}, "agreement": {}, "requires": {},
+            "file": "program.pt2",
+            "bytes": 4,
+            "sha256": "0" * 64,
+            "census": {},
+            "agreement": {},
+            "requires": {},
         }
     },
     "labels": ["a", "b", "c"],

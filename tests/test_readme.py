@@ -1,0 +1,54 @@
+"""What the README shows runs."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import compress.cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs(tmp_path: Path) -> None:
+    code = re.search(r"<!-- python -->\n```python\n(.*?)```", README, re.DOTALL)
+    assert code is not None
+    done = subprocess.run(
+        [sys.executable, "-c", code[1]], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Captured" in done.stdout
+
+
+@pytest.mark.parametrize("script", ["scripts/quickstart.sh", "scripts/test.sh"])
+def test_the_two_commands_are_there(script: str) -> None:
+    assert script in README.split("## ")[0]
+    assert os.access(ROOT / script, os.X_OK)
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+
+
+def test_the_shown_overrides_are_read(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.search(r"`(compress run digits --prune[^`]*)`", README)
+    assert shown is not None
+    words = shlex.split(shown[1])[1:]
+    assert compress.cli.main([*words, "--print_config"]) == 0
+    assert "ratio: 0.3" in capsys.readouterr().out
+
+
+def test_every_command_in_the_table_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = {
+        name for cell in re.findall(r"^\| `compress ([^`]*)`", README, re.MULTILINE) for name in [cell.split()[0]]
+    }
+    assert {"run", "bench", "predict", "recipes"} <= commands
+    for name in commands | {"test", "export", "report"}:
+        with pytest.raises(SystemExit) as stop:
+            compress.cli.main([name, "--help"])
+        assert stop.value.code == 0
+        assert "usage: compress" in capsys.readouterr().out
