@@ -43,14 +43,13 @@ class RandomStates(Callback):
         if self._restored is None:
             return
         state, self._restored = self._restored, None
-        version, keys, gauss = state["python"]
-        random.setstate((version, tuple(keys), gauss))
-        name, words, position, has_gauss, cached = state["numpy"]
-        np.random.set_state((name, words.numpy().astype(np.uint32), position, has_gauss, cached))
-        torch.set_rng_state(state["torch"].cpu())
-        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])
         fit_loop = trainer.fit_loop
+        if fit_loop.restarted_mid_epoch and fit_loop._data_fetcher is not None:
+            # Lightning gives loaders their positions when it makes them, and forgets it when a schedule asked for the
+            # number of steps, and so for the loaders, before the checkpoint was read.
+            fit_loop._load_combined_loader_states()
+            iter(fit_loop._data_fetcher)
+        _set_generators(state)
         if trainer.global_step > 0 and not fit_loop.restarted_mid_epoch and fit_loop._data_fetcher is not None:
             # A loader without a generator of its own draws a seed whenever an epoch begins. Lightning has begun this
             # epoch before the states were restored, and will not do it again.
@@ -119,3 +118,13 @@ class ResumePoint(Checkpoint):
         if self._previous is not None:
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
+
+
+def _set_generators(state: dict[str, Any]) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    name, words, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, words.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([entry.cpu() for entry in state["cuda"]])

@@ -28,13 +28,14 @@ def model(
     nodes: list[onnx.NodeProto],
     constants: dict[str, Any],
     inputs: dict[str, list[Any]],
-    output: str = "out",
+    *,
+    rank: int = 2,
 ) -> ModelProto:
     graph = helper.make_graph(
         nodes,
         "graph",
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
-        [helper.make_tensor_value_info(output, TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, [None] * rank)],
         [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
@@ -92,7 +93,7 @@ def test_a_relu_stays_where_something_else_reads_it() -> None:
     made.graph.output[0].name = "sum"
     assert "Relu" in kinds(applied(made, drop_relus))
     shown = activated(0)
-    shown.graph.output.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, None))
+    shown.graph.output.append(helper.make_tensor_value_info("r", TensorProto.FLOAT, [None, 4]))
     assert "Relu" in kinds(applied(shown, drop_relus))
 
 
@@ -141,7 +142,7 @@ def test_a_quantized_branch_changes_the_sum_by_rounding_only_however_large_it_is
 
 def test_a_branch_stays_float_where_the_sum_does() -> None:
     made = residual(0.1, 0, 0.1, 0)
-    made.graph.output.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, None))
+    made.graph.output.append(helper.make_tensor_value_info("a", TensorProto.FLOAT, [None, 4]))
     assert kinds(applied(made, quantize_branches)) == kinds(made)
 
 
@@ -202,6 +203,7 @@ def test_means_over_the_picture_become_pooling(axes: list[int], keep: int, poole
         ],
         {"s": np.float32(0.02), "z": np.uint8(100), "axes": np.array(axes, np.int64)},
         {"x": [None, 3, 4, 4]},
+        rank=4 if keep else 4 - len(axes),
     )
     changed = applied(made, pool_globally)
     assert ("GlobalAveragePool" in kinds(changed)) == pooled

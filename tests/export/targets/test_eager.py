@@ -15,7 +15,7 @@ from tests.export.programs import quantized
 def test_a_fresh_process_runs_it_without_torchao_and_gives_the_same(tmp_path: Path) -> None:
     trained = quantized()
     path = tmp_path / eager.FILE
-    assert eager.build(trained.program, path) is None
+    eager.build(trained.program, path)
     np.save(tmp_path / "x.npy", trained.inputs.numpy())
     code = (
         "import sys, numpy, torch; x = torch.from_numpy(numpy.load(sys.argv[2]));"

@@ -24,12 +24,14 @@ def test_what_depends_on_weights_alone_is_computed_once() -> None:
     inputs = torch.randn(5, 3)
     module = export_program(Scaled().eval(), [inputs]).module(check_guards=False)
     wanted = module(inputs)
-    calls = [node for node in module.graph.nodes if node.op == "call_function"]
     folded = fold_constants(module)
-    left = [node for node in folded.graph.nodes if node.op == "call_function"]
     assert torch.equal(folded(inputs), wanted)
-    assert len(calls) > len(left)
-    assert [node.target for node in left] == [torch.ops.aten.linear.default, torch.ops.aten.add.Tensor]
+    targets = {node.target for node in folded.graph.nodes if node.op == "call_function"}
+    # Assertions stay: they have effects, as far as torch knows.
+    assert targets - {torch.ops.aten._assert_tensor_metadata.default} == {
+        torch.ops.aten.linear.default,
+        torch.ops.aten.add.Tensor,
+    }
 
 
 def test_integers_become_floats_at_loading() -> None:
