@@ -141,6 +141,9 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
         yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."
     if recipe.teacher is not None and recipe.teacher.max_epochs < 1:
         yield f"teacher.max_epochs: expected at least 1, got {recipe.teacher.max_epochs}. Use 10, say."
+    total = sum(loss.weight for loss in recipe.distill.losses)
+    if total > 1 + 1e-9:
+        yield f"distill.losses: expected weights that sum to at most 1, got {total:g}. The task loss has the rest."
     unknown = sorted(set(recipe.export.targets) - set(TARGETS))
     if unknown or not recipe.export.targets:
         yield (

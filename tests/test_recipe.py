@@ -12,7 +12,7 @@ from compress.distill import Classification, SoftTarget, WarmupCosine
 from compress.errors import RecipeError
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
-from compress.recipe import Export, Recipe, Teacher, build_recipe, find_recipe, parse_recipe, shipped_recipes
+from compress.recipe import Distill, Export, Recipe, Teacher, build_recipe, find_recipe, parse_recipe, shipped_recipes
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -106,9 +106,10 @@ def test_all_contradictions_are_told_at_once() -> None:
             teacher=Teacher(nn.Linear(2, 2), max_epochs=0),
             prune=StructuredPruning(end=0.9),
             quantize=QuantizationAwareTraining(start=0.7),
+            distill=Distill([SoftTarget(weight=0.7), SoftTarget(weight=0.7)]),
             export=Export(targets=[]),
         )
-    for key in ("quantize.start", "trainer.max_epochs", "teacher.max_epochs", "export.targets"):
+    for key in ("quantize.start", "trainer.max_epochs", "teacher.max_epochs", "distill.losses", "export.targets"):
         assert f"{key}: expected" in str(caught.value)
 
 

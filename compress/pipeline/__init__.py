@@ -9,6 +9,9 @@ from compress.pipeline.test import test
 
 __all__ = ["STEPS", "RunDirectory", "bench", "create_run", "export", "fit", "open_run", "report", "run", "test"]
 
+# What each step leaves; "report" is cheap and always written anew, "fit" knows its own phases.
+_LEAVES = {"test": "test.json", "export": "artifact", "bench": "bench.json"}
+
 STEPS = {"fit": fit, "test": test, "export": export, "bench": bench, "report": report}
 
 
@@ -19,5 +22,6 @@ def run(directory: RunDirectory) -> None:
         directory: From ``create_run`` or ``open_run``.
     """
     for name, step in STEPS.items():
-        if directory.is_main_process or name == "fit":
+        done = name in _LEAVES and (directory.path / _LEAVES[name]).exists()
+        if not done and (directory.is_main_process or name == "fit"):
             step(directory)

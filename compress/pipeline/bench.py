@@ -30,8 +30,6 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     Leaves ``bench.json``: ``{stage: {num_params, macs, bytes, peak_memory, latency}}``, the artefact's with its
     metrics on the test split and with ``artifact_bytes``.
     """
-    if (run.path / "bench.json").exists():
-        return
     run.console.rule("[bold]bench[/]")
     networks = {stage: run.network(stage)[0] for stage in run.stages()}
     served = load(run.artifact)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 from compress.export import Gates, export_artifact
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize import convert
@@ -14,13 +17,11 @@ __all__ = ["export"]
 def export(run: RunDirectory) -> None:
     """Build the artefact from ``final.pt`` and check it against the trained network.
 
-    Leaves ``artifact/``.
+    Leaves ``artifact/``; one that was there is replaced when the new one has passed.
 
     Raises:
         ExportError: when a target fails a gate; no artefact is left then.
     """
-    if run.artifact.exists():
-        return
     run.console.rule("[bold]export[/]")
     network, history = run.network("final")
     settings, data = run.recipe.export, run.recipe.data
@@ -31,9 +32,11 @@ def export(run: RunDirectory) -> None:
         scheme = next(edit.data["scheme"] for edit in history if edit.kind == "quantize")
         deployed = convert(network)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
+    fresh = run.path / "artifact.new"
+    shutil.rmtree(fresh, ignore_errors=True)
     manifest = export_artifact(
         export_program(deployed, tuple(tensor[:2] for tensor in inputs)),
-        run.artifact,
+        fresh,
         targets=settings.targets,
         reference=network,
         held_out=inputs,
@@ -53,4 +56,6 @@ def export(run: RunDirectory) -> None:
         },
         progress=True,
     )
+    shutil.rmtree(run.artifact, ignore_errors=True)
+    os.replace(fresh, run.artifact)
     run.console.print(f"artefact: {run.artifact} ({', '.join(manifest.targets)})")

@@ -20,9 +20,13 @@ from compress.distill import DistillationLoss, Distiller
 from compress.errors import RunError
 from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
-from compress.surgery import Edit, RandomStates, ResumePoint, history_of, save_snapshot
+from compress.surgery import Edit, History, RandomStates, ResumePoint, history_of, save_snapshot
 
 __all__ = ["Curves", "StageSnapshots", "cache_folder", "fit"]
+
+
+# Trainer arguments that do not change what a teacher becomes.
+_NO_MATTER = {"max_epochs", "logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler"}
 
 
 def fit(run: RunDirectory) -> None:
@@ -97,7 +101,7 @@ def _teacher(run: RunDirectory) -> nn.Module:
     kept = run.snapshot("teacher")
     if not kept.exists() and spec.checkpoint is not None:
         load_weights(spec.model, Path(spec.checkpoint))
-        save_snapshot(kept, spec.model, history_of(_plain(run, spec.model)))
+        save_snapshot(kept, spec.model, History())
     key = _teacher_key(run)
     shared = cache_folder() / "teachers" / f"{key}.pt" if key else None
     if not kept.exists() and shared is not None and shared.exists():
@@ -125,7 +129,7 @@ def _train(
 ) -> Distiller:
     recipe = run.recipe
     pl.seed_everything(recipe.seed, workers=True, verbose=False)
-    module = _plain(run, student, teacher=teacher, losses=copy.deepcopy(losses))
+    module = _module(run, student, teacher=teacher, losses=copy.deepcopy(losses))
     curves = Curves()
     resume = run.resume_point(phase)
     resume.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +168,7 @@ def _train(
     return module
 
 
-def _plain(
+def _module(
     run: RunDirectory,
     student: nn.Module,
     teacher: nn.Module | None = None,
@@ -196,7 +200,7 @@ def _teacher_key(run: RunDirectory) -> str | None:
     names = ("teacher", "data", "task", "optimizer", "scheduler", "seed")
     made_by = {
         **{name: config.get(name) for name in names},
-        "precision": config["trainer"].get("precision"),
+        "trainer": {name: value for name, value in config["trainer"].items() if name not in _NO_MATTER},
         "channels_last": config["distill"].get("channels_last"),
         "torch": torch.__version__,
     }

@@ -161,7 +161,8 @@ def create_run(
             f"{directory}: expected a new or empty run directory, got one that exists. "
             f"Choose another --run_dir, or go on with: compress run --resume {directory}"
         )
-    preflight(built)
+    with console.status("checking data and networks"):
+        preflight(built)
     directory.mkdir(parents=True, exist_ok=True)
     if text is not None:
         temporary = directory / "recipe.yaml.tmp"

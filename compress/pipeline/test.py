@@ -18,8 +18,6 @@ def test(run: RunDirectory) -> None:
 
     Leaves ``test.json``: ``{stage: {metric: value}}``.
     """
-    if (run.path / "test.json").exists():
-        return
     run.console.rule("[bold]test[/]")
     metrics = {}
     for stage in run.stages():

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 from torch import nn
 
 from compress.errors import RecipeError
-from compress.quantize.pt2e import convert, describe_inputs, num_quantized, replay_quantize
+from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
@@ -82,4 +82,3 @@ class QuantizationAwareTraining(ModelEditor):
             return
         inputs = describe_inputs(example_inputs(pl_module, batch))
         self.edit(trainer, pl_module, lambda: Edit(self.kind, {"scheme": self.scheme, "inputs": inputs}))
-        pl_module.log("quantize/num_quantized", float(num_quantized(self.network(pl_module))))  # type: ignore[arg-type]
