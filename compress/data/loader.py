@@ -64,10 +64,11 @@ class ResumableLoader(DataLoader):
         self._skip = 0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        return self._batches()
-
-    def _batches(self) -> Iterator[Any]:
+        # Taken here, not at the first batch: an iterator that is thrown away takes its position along.
         skip, self._skip = self._skip, 0
+        return self._batches(skip)
+
+    def _batches(self, skip: int) -> Iterator[Any]:
         self._position = skip
         for batch in islice(super().__iter__(), skip, None):
             self._position += 1

@@ -44,16 +44,17 @@ class RandomStates(Callback):
             return
         state, self._restored = self._restored, None
         fit_loop = trainer.fit_loop
-        if fit_loop.restarted_mid_epoch and fit_loop._data_fetcher is not None:
+        fetcher, middle = fit_loop._data_fetcher, fit_loop.restarted_mid_epoch
+        if middle and fetcher is not None and fit_loop._combined_loader_states_to_load:
             # Lightning gives loaders their positions when it makes them, and forgets it when a schedule asked for the
             # number of steps, and so for the loaders, before the checkpoint was read.
             fit_loop._load_combined_loader_states()
-            iter(fit_loop._data_fetcher)
+            iter(fetcher)
         _set_generators(state)
-        if trainer.global_step > 0 and not fit_loop.restarted_mid_epoch and fit_loop._data_fetcher is not None:
+        if not middle and fetcher is not None and trainer.global_step > 0:
             # A loader without a generator of its own draws a seed whenever an epoch begins. Lightning has begun this
             # epoch before the states were restored, and will not do it again.
-            iter(fit_loop._data_fetcher)
+            iter(fetcher)
 
 
 class ResumePoint(Checkpoint):
