@@ -46,7 +46,7 @@ def test_overrides_reach_every_depth() -> None:
     assert recipe.seed == 7
     assert recipe.prune is not None
     assert recipe.prune.ratio == 0.25
-    assert recipe.student.fc.in_features == 32
+    assert recipe.student.get_parameter("fc.weight").shape == (10, 32)
     assert recipe.trainer["max_epochs"] == 2
     assert recipe.distill.losses[0].temperature == 9
     assert recipe.quantize is None

@@ -153,7 +153,7 @@ def create_run(
         built = build_recipe(config, parser, name=Path(recipe).stem)
         command = shlex.join(["compress", "run", str(recipe), *overrides])
         text = f"# recipe: {built.name}\n# command: {command}\n{parser.dump(config)}"
-    if rank_zero_only.rank:
+    if getattr(rank_zero_only, "rank", 0):
         return RunDirectory(_directory_of_rank_zero(path), built, console)
     directory = Path(path) if path else Path("runs") / built.name / time.strftime("%Y-%m-%d_%H-%M-%S")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
