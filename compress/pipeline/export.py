@@ -7,8 +7,6 @@ import shutil
 
 from compress.export import Gates, export_artifact
 from compress.pipeline.rundir import RunDirectory
-from compress.quantize import convert
-from compress.surgery import Captured
 from compress.surgery.capture import export_program
 
 __all__ = ["export"]
@@ -26,16 +24,12 @@ def export(run: RunDirectory) -> None:
     network, history = run.network("final")
     settings, data = run.recipe.export, run.recipe.data
     inputs = (run.held_out,)
-    scheme = None
-    deployed = network
-    if isinstance(network, Captured):
-        scheme = next(edit.data["scheme"] for edit in history if edit.kind == "quantize")
-        deployed = convert(network)
+    scheme = next((edit.data["scheme"] for edit in history if edit.kind == "quantize"), None)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
     fresh = run.path / "artifact.new"
     shutil.rmtree(fresh, ignore_errors=True)
     manifest = export_artifact(
-        export_program(deployed, tuple(tensor[:2] for tensor in inputs)),
+        export_program(run.deployed, tuple(tensor[:2] for tensor in inputs)),
         fresh,
         targets=settings.targets,
         reference=network,

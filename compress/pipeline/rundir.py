@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from compress.errors import RunError
 from compress.pipeline.preflight import preflight
 from compress.prune import replay_prune
-from compress.quantize import replay_quantize
+from compress.quantize import convert, replay_quantize
 from compress.recipe import Recipe, build_recipe, parse_recipe
-from compress.surgery import History, load_snapshot
+from compress.surgery import Captured, History, load_snapshot
 
 __all__ = ["HANDLERS", "RunDirectory", "create_run", "open_run"]
 
@@ -119,6 +119,12 @@ class RunDirectory:
             if sum(map(len, batches)) >= self.recipe.export.num_held_out:
                 break
         return torch.cat(batches)[: self.recipe.export.num_held_out]
+
+    @cached_property
+    def deployed(self) -> nn.Module:
+        """The final network in the form that is deployed: integers where it was quantised."""
+        network, _ = self.network("final")
+        return convert(network) if isinstance(network, Captured) else network
 
     def stages(self) -> list[str]:
         """Return the stages of the fit that have a snapshot, in the order of the report."""

@@ -7,8 +7,6 @@ from torch import nn
 
 from compress.distill import Distiller
 from compress.pipeline.rundir import RunDirectory
-from compress.quantize import convert
-from compress.surgery import Captured
 
 __all__ = ["test", "test_network"]
 
@@ -21,8 +19,7 @@ def test(run: RunDirectory) -> None:
     run.console.rule("[bold]test[/]")
     metrics = {}
     for stage in run.stages():
-        network, _ = run.network(stage)
-        metrics[stage] = test_network(run, convert(network) if isinstance(network, Captured) else network)
+        metrics[stage] = test_network(run, run.deployed if stage == "final" else run.network(stage)[0])
     run.write_json("test", metrics)
 
 

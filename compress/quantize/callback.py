@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 
-from compress.errors import RecipeError
+from compress.errors import EditError, RecipeError
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
@@ -54,7 +55,18 @@ class QuantizationAwareTraining(ModelEditor):
         self.scheme = get_scheme(scheme).name
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
-        self.converted: Captured | None = None
+        self._trained: Captured | None = None
+
+    @cached_property
+    def converted(self) -> Captured:
+        """The integer network, after the fit; the LightningModule keeps the trained form, which checkpoints can hold.
+
+        Raises:
+            EditError: when there has been no fit that reached ``start``.
+        """
+        if self._trained is None:
+            raise EditError("quantize: expected a finished fit to convert, got none. Call trainer.fit first.")
+        return convert(self._trained)
 
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
         """Capture and prepare the network."""
@@ -72,10 +84,10 @@ class QuantizationAwareTraining(ModelEditor):
             network.freeze_batchnorm = now >= self.freeze_batchnorm
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Convert a copy; the module keeps the trained form, which checkpoints can hold."""
+        """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""
         network = self.network(pl_module)
-        if isinstance(network, Captured):
-            self.converted = convert(network)
+        self.__dict__.pop("converted", None)
+        self._trained = network if isinstance(network, Captured) else None
 
     def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if history_of(pl_module).count(self.kind):
