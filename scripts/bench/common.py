@@ -36,9 +36,11 @@ def options(description: str) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ratios(case: str, calls: Mapping[str, Callable[[], object]], *, seconds: float) -> list[Row]:
+def ratios(case: str, calls: Mapping[str, Callable[[], object]], *, seconds: float, min_runs: int = 20) -> list[Row]:
     """Time calls in one interleaved run; the first one is what the others are compared with."""
-    measured: dict[str, Latency] = measure_latency(calls, seconds=seconds, progress=True)
+    measured: dict[str, Latency] = measure_latency(
+        calls, seconds=seconds, warmup=min(5, min_runs // 4), min_runs=min_runs, progress=True
+    )
     first = next(iter(calls))
     rows = []
     for name, latency in measured.items():

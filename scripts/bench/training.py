@@ -39,7 +39,7 @@ def main() -> None:
         "plan one removal": lambda: plan_removal(student, inputs, {group.name: group.width // 2 for group in groups}),
         "capture and prepare": lambda: prepare(copy.deepcopy(student), inputs, "int8"),
     }
-    rows: list[Row] = ratios(f"batch {batch}, bf16", calls, seconds=1.0 if arguments.quick else 10.0)
+    rows: list[Row] = ratios(f"batch {batch}, bf16", calls, seconds=1.0 if arguments.quick else 10.0, min_runs=4)
     finish(arguments, rows)
 
 
