@@ -20,7 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from compress.distill import DistillationLoss, LearningRateSchedule, SoftTarget, Task
+from compress.distill import DistillationLoss, LearningRateSchedule, OwnTeacher, SoftTarget, Task, check_weights
 from compress.errors import CompressError, RecipeError
 from compress.export import TARGETS
 from compress.prune import StructuredPruning
@@ -41,17 +41,34 @@ __all__ = [
 
 @dataclass
 class Teacher:
-    """The network to learn from.
+    """What to learn from.
 
     Args:
-        model: The network.
+        model: The network: yours, ``Constructed`` (Hugging Face, timm, torchvision), ``OnnxTeacher``,
+            ``ProgramTeacher``, ``ArtifactTeacher``, an ``Ensemble`` of these; or ``MovingAverage`` or ``EarlierSelf``.
         checkpoint: File with its weights; without one the teacher is trained first, and kept for the next run.
-        max_epochs: Epochs of that training.
+        max_epochs: Epochs of that training, and of each assistant's; 0 when the model brings its weights along.
+        precision: ``bf16`` or ``fp32``; without one, that of the Trainer.
+        compile: Whether ``torch.compile`` makes it faster before it teaches.
+        assistants: Networks between teacher and student, each taught by the one before it.
+        cache: Whether its outputs are stored once and read in training.
+        cache_views: Augmented views of each sample that are stored; the epochs take turns.
+        cache_dtype: ``float16`` or ``float32``.
+        cache_top_k: Store the largest k class probabilities and the rest's sum only.
+        cache_dir: Folder of the stored outputs; by default one beside the kept teachers, named by what made them.
     """
 
-    model: nn.Module
+    model: nn.Module | OwnTeacher
     checkpoint: str | None = None
     max_epochs: int = 10
+    precision: str | None = None
+    compile: bool = False
+    assistants: list[nn.Module] = field(default_factory=list)
+    cache: bool = False
+    cache_views: int = 1
+    cache_dtype: str = "float16"
+    cache_top_k: int | None = None
+    cache_dir: str | None = None
 
 
 @dataclass
@@ -59,11 +76,13 @@ class Distill:
     """How the student is taught.
 
     Args:
-        losses: Losses between student and teacher, each with its weight; the loss against labels has the rest.
+        losses: Losses between student and teacher, each with its weight and, if you like, a schedule of it.
+        task_weight: Weight of the loss against labels; by default what the losses between outputs leave of 1.
         channels_last: Give images to the networks in channels-last memory format: faster in bf16.
     """
 
     losses: list[DistillationLoss] = field(default_factory=lambda: [SoftTarget()])
+    task_weight: float | None = None
     channels_last: bool = False
 
 
@@ -139,11 +158,12 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
         )
     if recipe.trainer.get("max_epochs") is None and recipe.trainer.get("max_steps", -1) in (-1, None):
         yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."
-    if recipe.teacher is not None and recipe.teacher.max_epochs < 1:
-        yield f"teacher.max_epochs: expected at least 1, got {recipe.teacher.max_epochs}. Use 10, say."
-    total = sum(loss.weight for loss in recipe.distill.losses)
-    if total > 1 + 1e-9:
-        yield f"distill.losses: expected weights that sum to at most 1, got {total:g}. The task loss has the rest."
+    if recipe.teacher is not None:
+        yield from _teacher_mistakes(recipe.teacher)
+    try:
+        check_weights(recipe.distill.losses, recipe.distill.task_weight)
+    except RecipeError as error:
+        yield str(error)
     unknown = sorted(set(recipe.export.targets) - set(TARGETS))
     if unknown or not recipe.export.targets:
         yield (
@@ -157,6 +177,19 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
     for editor in (recipe.prune, recipe.quantize):
         if editor is not None and editor.attribute != "student":
             yield f"{editor.kind}.attribute: expected 'student', got {editor.attribute!r}. Leave it out of a recipe."
+
+
+def _teacher_mistakes(teacher: Teacher) -> Iterable[str]:
+    if teacher.max_epochs < 0:
+        yield f"teacher.max_epochs: expected 0 or more, got {teacher.max_epochs}. Use 10, say."
+    if teacher.precision not in (None, "bf16", "fp32"):
+        yield f"teacher.precision: expected bf16 or fp32, got {teacher.precision!r}. Leave it out for the Trainer's."
+    if teacher.cache_dtype not in ("float16", "float32"):
+        yield f"teacher.cache_dtype: expected float16 or float32, got {teacher.cache_dtype!r}. Choose one."
+    if teacher.cache_views < 1:
+        yield f"teacher.cache_views: expected at least 1, got {teacher.cache_views}. Use 1 without augmentation."
+    if teacher.cache and isinstance(teacher.model, OwnTeacher):
+        yield "teacher.cache: expected a network with fixed weights, got one that is made in the fit. Leave it out."
 
 
 def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:

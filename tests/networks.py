@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -40,3 +43,16 @@ def images(num: int = 48, *, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def loader(*, num: int = 48, batch_size: int = 12, shuffle: bool = True, seed: int = 0) -> DataLoader:
     return DataLoader(TensorDataset(*images(num, seed=seed)), batch_size=batch_size, shuffle=shuffle)
+
+
+def trainer(**arguments: Any) -> pl.Trainer:
+    """Return a silent Trainer on the CPU."""
+    quiet = {
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+    }
+    return pl.Trainer(**{**quiet, **arguments})

@@ -1,7 +1,20 @@
-"""LightningDataModules that hold their data in memory and give the same order for the same seed and epoch."""
+"""LightningDataModules whose order and augmentation are functions of seed, epoch and sample."""
 
 from compress.data.arrays import ArrayDataModule, ImageSplit, ImageSplits
 from compress.data.digits import Digits
 from compress.data.fashion_mnist import FashionMNIST
+from compress.data.keyed import KeyedDataset, KeyedSampler, keyed_loader, keyed_uniform
+from compress.data.wrapped import KeyedDataModule
 
-__all__ = ["ArrayDataModule", "Digits", "FashionMNIST", "ImageSplit", "ImageSplits"]
+__all__ = [
+    "ArrayDataModule",
+    "Digits",
+    "FashionMNIST",
+    "ImageSplit",
+    "ImageSplits",
+    "KeyedDataModule",
+    "KeyedDataset",
+    "KeyedSampler",
+    "keyed_loader",
+    "keyed_uniform",
+]

@@ -1,7 +1,7 @@
 """The base of our data modules: raw images in memory, whole batches by one index operation.
 
-The order of the samples is a function of the seed and the epoch alone, and iterating never draws from the global
-random-number generator: a fit that resumes sees what an uninterrupted one would.
+The order of the samples is a function of the seed and the epoch alone, and so is each sample's augmentation: a fit
+that resumes sees what an uninterrupted one would, in any number of worker processes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from compress.data.augment import flip_images, shift_images
+from compress.data.keyed import KeyedSampler, keyed_uniform, split_keys
 from compress.data.loader import ResumableLoader, Tensors
 from compress.errors import DataError, RecipeError
 
@@ -62,15 +63,16 @@ class ArrayDataModule(LightningDataModule):
     """Image classification from memory; a subclass says in ``load`` where the images come from.
 
     Batches are ``(x, y)``: x float32 of shape (N, C, H, W), normalised by ``preprocessing``; y int64 of shape (N,).
-    After ``setup`` there are:
+    Those of the training split are ``(x, y, keys)``: keys int64 of shape (N, 2), each sample's index and view. After
+    ``setup`` there are:
 
     - ``labels``, the names of the classes, and ``num_classes``;
     - ``input_shape``, (C, H, W);
     - ``preprocessing``, ``{"scale", "mean", "std", "layout"}``: ``x = (raw * scale - mean) / std`` for raw images laid
       out as ``layout`` says; mean and std are those of the training images, one for each channel.
 
-    Training images are augmented on the device they train on, by draws from torch's global generator (which
-    checkpoints keep); validation and test images never are.
+    Training images are augmented, each epoch anew, by draws from (seed, index, view) alone; validation and test images
+    never are.
 
     Args:
         batch_size: Samples in a batch, on each device.
@@ -78,20 +80,31 @@ class ArrayDataModule(LightningDataModule):
         shift: Training images move up to this many pixels in each direction.
         flip: Half of the training images are mirrored left to right.
         scale: Factor that brings raw values to [0, 1].
+        num_workers: Processes that prepare training batches; 0 for none.
 
     Raises:
-        RecipeError: when ``batch_size`` is not positive or ``shift`` is negative.
+        RecipeError: when ``batch_size`` is not positive, or ``shift`` or ``num_workers`` is negative.
     """
 
     def __init__(
-        self, *, batch_size: int = 128, seed: int = 0, shift: int = 0, flip: bool = False, scale: float = 1 / 255
+        self,
+        *,
+        batch_size: int = 128,
+        seed: int = 0,
+        shift: int = 0,
+        flip: bool = False,
+        scale: float = 1 / 255,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
         if batch_size < 1:
             raise RecipeError(f"data.batch_size: expected a positive number, got {batch_size}. Use 128, say.")
         if shift < 0:
             raise RecipeError(f"data.shift: expected 0 or more pixels, got {shift}. Use 0 for no shifts.")
+        if num_workers < 0:
+            raise RecipeError(f"data.num_workers: expected 0 or more, got {num_workers}. Use 0 for no processes.")
         self.batch_size = batch_size
+        self.num_workers = num_workers
         self.seed = seed
         self.shift = shift
         self.flip = flip
@@ -121,25 +134,32 @@ class ArrayDataModule(LightningDataModule):
         source = self.load()
         mean, std = _moments(source.train.images, self._scale)
         splits = {
-            name: _Images(getattr(source, name), scale=self._scale, mean=mean, std=std)
-            for name in ("train", "val", "test")
+            name: _Images(getattr(source, name), scale=self._scale, mean=mean, std=std) for name in ("val", "test")
         }
+        splits["train"] = _Augmented(
+            source.train, scale=self._scale, mean=mean, std=std, seed=self.seed, shift=self.shift, flip=self.flip
+        )
         self.labels = list(source.classes)
         self.preprocessing = {"scale": self._scale, "mean": mean, "std": std, "layout": "NCHW"}
         self.input_shape = tuple(splits["train"].tensors[0].shape[1:])
         self._splits = splits
 
     def train_dataloader(self) -> DataLoader:
-        """Return a loader of the training images, shuffled anew in each epoch."""
-        return self._loader("train", shuffle=True)
+        """Return a loader of the training images, shuffled and augmented anew in each epoch."""
+        self.setup()
+        images = self._splits["train"]
+        sampler = KeyedSampler(len(images), shuffle=True, seed=self.seed)
+        return ResumableLoader(
+            images, batch_size=self.batch_size, sampler=sampler, seed=self.seed, num_workers=self.num_workers
+        )
 
     def val_dataloader(self) -> DataLoader:
         """Return a loader of the validation images, always in the same order."""
-        return self._loader("val", shuffle=False)
+        return self._in_order("val")
 
     def test_dataloader(self) -> DataLoader:
         """Return a loader of the test images, always in the same order."""
-        return self._loader("test", shuffle=False)
+        return self._in_order("test")
 
     def held_out(self, num: int) -> Tensor:
         """Return the first ``num`` validation inputs (all, when there are fewer), shape (num, C, H, W)."""
@@ -147,25 +167,9 @@ class ArrayDataModule(LightningDataModule):
         split = self._splits["val"]
         return split.__getitems__(list(range(min(num, len(split)))))[0]
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Augment a batch, when training."""
-        if self.trainer is None or not self.trainer.training:
-            return batch
-        x, y = batch
-        if self.shift:
-            offsets = torch.randint(-self.shift, self.shift + 1, (len(x), 2), device=x.device)
-            x = shift_images(x, offsets, fill=self._background())
-        if self.flip:
-            x = flip_images(x, torch.rand(len(x), device=x.device) < 0.5)
-        return x, y
-
-    def _background(self) -> Tensor:
-        """Return what a raw value of zero becomes, shape (C,)."""
-        return -torch.tensor(self.preprocessing["mean"]) / torch.tensor(self.preprocessing["std"])
-
-    def _loader(self, name: str, *, shuffle: bool) -> DataLoader:
+    def _in_order(self, name: str) -> DataLoader:
         self.setup()
-        return ResumableLoader(self._splits[name], batch_size=self.batch_size, shuffle=shuffle, seed=self.seed)
+        return ResumableLoader(self._splits[name], batch_size=self.batch_size)
 
 
 class _Images(Tensors):
@@ -185,6 +189,32 @@ class _Images(Tensors):
     def __getitems__(self, indices: list[int]) -> tuple[Tensor, ...]:
         images, labels = super().__getitems__(indices)
         return (images.to(torch.float32) * self._scale - self._mean) / self._std, labels
+
+
+class _Augmented(_Images):
+    """Training images, asked for by key; batches are ``(x, y, keys)``."""
+
+    keyed = True
+
+    def __init__(self, split: ImageSplit, *, seed: int, shift: int, flip: bool, **preprocessing: Any) -> None:
+        super().__init__(split, **preprocessing)
+        self._seed = seed
+        self._shift = shift
+        self._flip = flip
+        # What a raw value of zero becomes.
+        self._background = (-self._mean / self._std).flatten()
+
+    def __getitems__(self, keys: list[int]) -> tuple[Tensor, ...]:
+        pairs = split_keys(keys, len(self))
+        x, y = super().__getitems__(pairs[:, 0].tolist())
+        if self._shift or self._flip:
+            draws = keyed_uniform(self._seed, pairs[:, 0], pairs[:, 1], 3)
+            if self._shift:
+                offsets = (draws[:, :2] * (2 * self._shift + 1)).floor().long() - self._shift
+                x = shift_images(x, offsets, fill=self._background)
+            if self._flip:
+                x = flip_images(x, draws[:, 2] < 0.5)
+        return x, y, pairs
 
 
 def _moments(images: np.ndarray, scale: float) -> tuple[list[float], list[float]]:

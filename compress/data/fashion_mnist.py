@@ -27,6 +27,7 @@ _CLASSES = (
     "Bag",
     "Ankle boot",
 )
+_NO_LABEL = -100
 _DEBIAN = Path("usr/share/datasets/fashion-mnist")
 _HUB = "zalando-datasets/fashion_mnist"
 _FILES = {
@@ -49,9 +50,13 @@ class FashionMNIST(ArrayDataModule):
         num_val: Images of the training set that are kept for validation.
         shift: Training images move up to this many pixels in each direction.
         flip: Half of the training images are mirrored left to right.
+        num_train: Train on this many of the other images, with each class's share; all by default.
+        num_labeled: Keep the labels of this many of them, with each class's share; the others get -100 and are taught
+            by the teacher alone. All by default.
+        num_workers: Processes that prepare training batches; 0 for none.
 
     Raises:
-        RecipeError: when ``num_val`` is not positive.
+        RecipeError: when ``num_val``, ``num_train`` or ``num_labeled`` is not positive.
     """
 
     def __init__(
@@ -62,12 +67,18 @@ class FashionMNIST(ArrayDataModule):
         num_val: int = 5000,
         shift: int = 0,
         flip: bool = False,
+        num_train: int | None = None,
+        num_labeled: int | None = None,
+        num_workers: int = 0,
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, shift=shift, flip=flip)
-        if num_val < 1:
-            raise RecipeError(f"data.num_val: expected a positive number, got {num_val}. Use 5000, say.")
+        super().__init__(batch_size=batch_size, seed=seed, shift=shift, flip=flip, num_workers=num_workers)
+        for name, value in (("num_val", num_val), ("num_train", num_train), ("num_labeled", num_labeled)):
+            if value is not None and value < 1:
+                raise RecipeError(f"data.{name}: expected a positive number, got {value}. Use 5000, say.")
         self.root = root
         self.num_val = num_val
+        self.num_train = num_train
+        self.num_labeled = num_labeled
 
     def load(self) -> ImageSplits:
         """Return the images, with ``num_val`` of the training set split off.
@@ -82,10 +93,25 @@ class FashionMNIST(ArrayDataModule):
                 f"data.num_val: expected fewer than the {len(read['train'].labels)} training images, "
                 f"got {self.num_val}. Use 5000, say."
             )
-        train, val = stratified_split(read["train"].labels, self.num_val, seed=self.seed)
-        return ImageSplits(
-            train=read["train"].take(train), val=read["train"].take(val), test=read["test"], classes=_CLASSES
-        )
+        rest, val = stratified_split(read["train"].labels, self.num_val, seed=self.seed)
+        train = _choose(read["train"].take(rest), self.num_train, "num_train", seed=self.seed)[1]
+        if self.num_labeled is not None:
+            unlabeled, labeled = _choose(train, self.num_labeled, "num_labeled", seed=self.seed)
+            nothing = np.full(len(unlabeled.labels), _NO_LABEL, dtype=np.int64)
+            train = ImageSplit(
+                np.concatenate([labeled.images, unlabeled.images]),
+                np.concatenate([labeled.labels.astype(np.int64), nothing]),
+            )
+        return ImageSplits(train=train, val=read["train"].take(val), test=read["test"], classes=_CLASSES)
+
+
+def _choose(split: ImageSplit, num: int | None, key: str, *, seed: int) -> tuple[ImageSplit, ImageSplit]:
+    """Return the images that are left and those that are chosen; all are chosen without a number."""
+    total = len(split.labels)
+    if num is not None and num > total:
+        raise DataError(f"data.{key}: expected at most {total} images, got {num}. Leave it out for all.")
+    rest, chosen = stratified_split(split.labels, total if num is None else num, seed=seed)
+    return split.take(rest), split.take(chosen)
 
 
 def _find(root: str | None) -> Path | None:

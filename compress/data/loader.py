@@ -1,4 +1,4 @@
-"""A loader over tensors in memory whose order is a pure function of seed and epoch, and whose position is saved."""
+"""A loader whose order is a pure function of seed and epoch, and whose position is saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-__all__ = ["ResumableLoader", "Tensors"]
+__all__ = ["ResumableLoader", "Tensors", "replicas"]
 
 
 class Tensors(Dataset):
@@ -36,29 +36,35 @@ class Tensors(Dataset):
 
 
 class ResumableLoader(DataLoader):
-    """Batches of ``Tensors``; Lightning keeps the position in its checkpoint.
+    """A loader whose order its sampler draws from seed and epoch; Lightning keeps the position in its checkpoint.
 
-    The order comes from a ``DistributedSampler`` (of one replica in a single process), hence from seed and epoch
-    alone, and nothing is ever drawn from the global random-number generator.
+    Nothing is ever drawn from the global random-number generator.
 
     Args:
-        tensors: The rows.
+        dataset: Rows; with ``__getitems__`` and without a ``collate_fn``, whole batches.
         batch_size: Rows a batch, on each rank.
-        shuffle: Whether each epoch has another order.
-        seed: Of that order.
+        sampler: A ``DistributedSampler``, also in a single process; by default one in the order of the rows.
+        seed: Of the generator that seeds worker processes.
+        arguments: Of ``DataLoader``.
     """
 
-    def __init__(self, tensors: Tensors, *, batch_size: int, shuffle: bool, seed: int = 0) -> None:
-        rank, world = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch_size: int,
+        sampler: DistributedSampler | None = None,
+        seed: int = 0,
+        **arguments: Any,
+    ) -> None:
+        rank, world = replicas()
         super().__init__(
-            tensors,
+            dataset,
             batch_size=batch_size,
-            sampler=DistributedSampler(tensors, world, rank, shuffle=shuffle, seed=seed),
-            collate_fn=_as_they_are,
+            sampler=sampler or DistributedSampler(dataset, world, rank, shuffle=False),
             # Without one of its own, a loader draws a seed from the global generator at every epoch.
             generator=torch.Generator().manual_seed(seed),
+            **{"collate_fn": _as_they_are, **arguments},
         )
         self._position = 0
         self._skip = 0
@@ -82,6 +88,13 @@ class ResumableLoader(DataLoader):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Begin the next epoch at that batch."""
         self._skip = state_dict["position"]
+
+
+def replicas() -> tuple[int, int]:
+    """Return this process's rank and the number of processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
 
 
 def _as_they_are(batch: Any) -> Any:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from compress.errors import DataError, RecipeError
+from compress.distill import Distiller
+from compress.errors import CompressError, DataError, RecipeError
 from compress.prune import find_groups
 from compress.quantize import prepare
 from compress.recipe import Recipe
@@ -21,7 +22,7 @@ def preflight(recipe: Recipe) -> None:
 
     Raises:
         DataError: when the data are missing or do not fit the networks.
-        RecipeError: when the teacher's checkpoint does not fit.
+        RecipeError: when the teacher's checkpoint does not fit, or a loss does not fit student and teacher.
         EditError: when the student cannot be pruned, or a layer to ignore does not exist.
         CaptureError: when the student cannot be quantised.
     """
@@ -32,15 +33,45 @@ def preflight(recipe: Recipe) -> None:
         raise DataError("data: expected batches (inputs, targets) of tensors, got others. Return such pairs.")
     inputs, targets = batch[0][:2], batch[1][:2]
     if recipe.teacher is not None:
-        if recipe.teacher.checkpoint is not None:
-            load_weights(recipe.teacher.model, Path(recipe.teacher.checkpoint))
-        _try(recipe, "teacher.model", recipe.teacher.model, inputs, targets)
+        if isinstance(recipe.teacher.model, nn.Module):
+            if recipe.teacher.checkpoint is not None:
+                load_weights(recipe.teacher.model, Path(recipe.teacher.checkpoint))
+            _try(recipe, "teacher.model", recipe.teacher.model, inputs, targets)
+        for number, assistant in enumerate(recipe.teacher.assistants):
+            _try(recipe, f"teacher.assistants[{number}]", assistant, inputs, targets)
     _try(recipe, "student", recipe.student, inputs, targets)
+    if recipe.teacher is not None:
+        _try_losses(recipe, inputs, targets)
     student = copy.deepcopy(recipe.student)
     if recipe.prune is not None:
         find_groups(student, (inputs,), ignore=recipe.prune.ignore)
     if recipe.quantize is not None:
         prepare(student, (inputs,), recipe.quantize.scheme)
+
+
+def _try_losses(recipe: Recipe, inputs: Tensor, targets: Tensor) -> None:
+    """Compute every loss once, on copies: layers that do not exist and shapes that do not fit show here."""
+    assert recipe.teacher is not None
+    module = Distiller(
+        copy.deepcopy(recipe.student),
+        task=recipe.task,
+        optimizer=recipe.optimizer,
+        teacher=copy.deepcopy(recipe.teacher.model),
+        losses=copy.deepcopy(recipe.distill.losses),
+        task_weight=recipe.distill.task_weight,
+    )
+    keys = torch.tensor([[number, 0] for number in range(len(inputs))])
+    with torch.random.fork_rng(devices=[]):
+        try:
+            module.prepare(lambda: (inputs, targets, keys))
+            module.objective(module.lesson((inputs, targets, keys)))
+        except CompressError:
+            raise
+        except Exception as error:  # whatever a loss says to outputs or activations that do not fit it
+            raise RecipeError(
+                f"distill.losses: expected losses that fit student and teacher, got {type(error).__name__}: "
+                f"{' '.join(str(error).split())[:300]}. Change the losses or the layers that they name."
+            ) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -26,7 +26,7 @@ def report(run: RunDirectory) -> None:
         "final": _final_name(run),
     }
     stages = [
-        _stage(names[stage], tested[stage], measured[stage])
+        _stage(names.get(stage, stage), tested[stage], measured[stage])
         for stage in run.stages()
         if not (stage == "final" and scheme)  # the artefact stands for it
     ]
@@ -68,7 +68,7 @@ def _final_name(run: RunDirectory) -> str:
 
 def _curves(run: RunDirectory) -> dict[str, list[list[float]]]:
     curves = {}
-    for phase in ("teacher", "baseline", "student"):
+    for phase in ("teacher", *(stage for stage in run.stages() if "assistant" in stage), "baseline", "student"):
         if (run.path / "logs" / f"{phase}.json").exists():
             for name, points in run.read_json(f"logs/{phase}").items():
                 curves[f"{phase}: {name}"] = points

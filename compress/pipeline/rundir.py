@@ -102,9 +102,17 @@ class RunDirectory:
             raise RunError(
                 f"{path}: expected the stage {stage!r} of the fit, got none. Run 'compress fit {self.path}'."
             )
-        model = self.recipe.teacher.model if stage == "teacher" and self.recipe.teacher else self.recipe.student
-        network, history = load_snapshot(path, copy.deepcopy(model).cpu(), HANDLERS)
+        network, history = load_snapshot(path, copy.deepcopy(self._model(stage)).cpu(), HANDLERS)
         return network.eval(), history
+
+    def _model(self, stage: str) -> nn.Module:
+        spec = self.recipe.teacher
+        if spec is not None and stage == "teacher":
+            assert isinstance(spec.model, nn.Module)
+            return spec.model
+        if spec is not None and stage.startswith("assistant"):
+            return spec.assistants[int(stage.removeprefix("assistant"))]
+        return self.recipe.student
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -128,7 +136,8 @@ class RunDirectory:
 
     def stages(self) -> list[str]:
         """Return the stages of the fit that have a snapshot, in the order of the report."""
-        names = ["teacher", "baseline", "distilled", "pruned", "final"]
+        assistants = range(len(self.recipe.teacher.assistants) if self.recipe.teacher is not None else 0)
+        names = ["teacher", *(f"assistant{i}" for i in assistants), "baseline", "distilled", "pruned", "final"]
         return [name for name in names if self.snapshot(name).exists()]
 
 

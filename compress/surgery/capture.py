@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compress.errors import CaptureError
+from compress.surgery.taps import with_features
 
 __all__ = ["Captured", "capture", "export_program"]
 
@@ -100,6 +101,7 @@ class Captured(nn.Module):
             graph_module._modules,
         )
         self._graph_module = (graph_module,)
+        self._tapped: tuple[tuple[str, ...], GraphModule] | None = None
         self.freeze_batchnorm = False
 
     @property
@@ -112,6 +114,22 @@ class Captured(nn.Module):
         self.sync_mode()
         return self.graph_module(*inputs)
 
+    def forward_with_features(self, names: Sequence[str], *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+        """Run the graph and return its outputs and the activations of named layers.
+
+        Args:
+            names: Names of modules in the network that was captured.
+            inputs: As for ``forward``.
+
+        Raises:
+            CaptureError: when a layer has left no operator in the graph.
+        """
+        if self._tapped is None or self._tapped[0] != tuple(names):
+            self._tapped = (tuple(names), with_features(self.graph_module, names))
+        self.sync_mode()
+        outputs, features = self._tapped[1](*inputs)
+        return outputs, dict(zip(names, features))
+
     def train(self, mode: bool = True) -> Captured:
         """Set ``training``; the graph follows at the next call."""
         # Not recursive: exported submodules refuse .train(), and there is nothing in them that has a mode.
@@ -121,17 +139,8 @@ class Captured(nn.Module):
     def sync_mode(self) -> None:
         """Write ``training`` and ``freeze_batchnorm`` into the graph where they differ from what stands there."""
         learning = self.training and not self.freeze_batchnorm
-        changed = False
-        for node in self.graph_module.graph.nodes:
-            position = _MODE_ARGUMENT.get(node.target)
-            if position is None:
-                continue
-            wanted = learning if node.target in _NORMS else self.training
-            if node.args[position] != wanted:
-                node.update_arg(position, wanted)
-                changed = True
-        if changed:
-            self.graph_module.recompile()
+        for graph_module in (self.graph_module, *([self._tapped[1]] if self._tapped else [])):
+            _set_mode(graph_module, training=self.training, learning=learning)
         for module in self.graph_module.modules():
             enabled = getattr(module, "observer_enabled", None)
             if isinstance(enabled, Tensor) and bool(enabled[0]) != learning:
@@ -142,3 +151,17 @@ class Captured(nn.Module):
         twin = Captured(copy.deepcopy(self.graph_module, memo))
         twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm
         return twin
+
+
+def _set_mode(graph_module: GraphModule, *, training: bool, learning: bool) -> None:
+    changed = False
+    for node in graph_module.graph.nodes:
+        position = _MODE_ARGUMENT.get(node.target)
+        if position is None:
+            continue
+        wanted = learning if node.target in _NORMS else training
+        if node.args[position] != wanted:
+            node.update_arg(position, wanted)
+            changed = True
+    if changed:
+        graph_module.recompile()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compress.errors import EditError
 from compress.surgery.history import Edit, Handler, History, replay
 from compress.surgery.relink import check_strategy, relink_trainer
+from compress.surgery.slicing import Slices
 
 __all__ = ["ModelEditor", "example_inputs", "history_of", "progress"]
 
@@ -84,7 +85,9 @@ class ModelEditor(Callback):
     def edit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: Callable[[], Edit | None]) -> Edit | None:
         """Plan an edit on rank 0, apply it on every rank and re-link the Trainer.
 
-        Callbacks of the Trainer that have a method ``on_before_edit(trainer, pl_module, edit)`` are called first.
+        Callbacks of the Trainer that have a method ``on_before_edit(trainer, pl_module, edit)`` are called first. A
+        module that has learned something on the network's channels has a method ``before_edit(edit, apply)``, which
+        cuts it along and returns the slices by the names of the module's parameters; it is called at replay, too.
 
         Args:
             trainer: In the middle of a fit, between two optimiser steps.
@@ -101,9 +104,7 @@ class ModelEditor(Callback):
             if hasattr(callback, "on_before_edit"):
                 callback.on_before_edit(trainer, pl_module, edit)
         before = dict(pl_module.named_parameters())
-        setattr(pl_module, self.attribute, self.apply(self.network(pl_module), edit))
-        history_of(pl_module).append(edit)
-        slices = {f"{self.attribute}.{name}": kept for name, kept in edit.data.get("slices", {}).items()}
+        slices = _carry_out(pl_module, self.attribute, edit, self.apply)
         relink_trainer(trainer, pl_module, before, slices)
         return edit
 
@@ -156,7 +157,14 @@ class ModelEditor(Callback):
                 "checkpoint: expected the history of this network, got another one. "
                 "Build the network anew before loading this checkpoint."
             )
-        network = replay(self.network(pl_module), wanted[len(done) :], handlers)
-        setattr(pl_module, self.attribute, network)
         for edit in wanted[len(done) :]:
-            history_of(pl_module).append(edit)
+            _carry_out(pl_module, self.attribute, edit, lambda network, edit: replay(network, [edit], handlers))
+
+
+def _carry_out(pl_module: pl.LightningModule, attribute: str, edit: Edit, apply: Handler) -> Slices:
+    """Apply an edit to a module's network and to what the module has learned on it; return all slices."""
+    before: Any = getattr(pl_module, "before_edit", None)
+    slices: dict[str, Mapping[str, Sequence[int]]] = dict(before(edit, apply)) if before is not None else {}
+    setattr(pl_module, attribute, apply(getattr(pl_module, attribute), edit))
+    history_of(pl_module).append(edit)
+    return slices | {f"{attribute}.{name}": kept for name, kept in edit.data.get("slices", {}).items()}

@@ -70,7 +70,7 @@ def order(seed: int, epoch: int) -> list[int]:
     data = Colours(batch_size=16, seed=seed)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-    return [index for x, _ in loader for index in indices(data, x)]
+    return [index for x, *_ in loader for index in indices(data, x)]
 
 
 def global_states() -> tuple:
@@ -110,7 +110,7 @@ def test_validation_and_test_keep_order_and_miss_none() -> None:
 
 def test_batches_are_normalised_channel_by_channel() -> None:
     data = Colours(batch_size=40)
-    x, y = next(iter(data.train_dataloader()))
+    x, y, _ = next(iter(data.train_dataloader()))
     assert x.shape == (40, *data.input_shape) == (40, 3, 4, 6)
     torch.testing.assert_close(x.mean((0, 2, 3)), torch.zeros(3), atol=2e-3, rtol=0)
     torch.testing.assert_close(x.std((0, 2, 3)), torch.ones(3), atol=2e-3, rtol=0)
@@ -122,8 +122,7 @@ def test_batches_are_normalised_channel_by_channel() -> None:
 
 def test_only_training_is_augmented_and_the_seed_decides_how() -> None:
     def run(seed: int) -> tuple[Colours, Watcher]:
-        data, module = Colours(batch_size=40, shift=2, flip=True), Watcher()
-        torch.manual_seed(seed)
+        data, module = Colours(batch_size=40, shift=2, flip=True, seed=seed), Watcher()
         fit = trainer()
         fit.fit(module, data)
         fit.test(module, data, verbose=False)
@@ -170,5 +169,7 @@ def test_refuses_bad_arguments() -> None:
         Colours(batch_size=0)
     with pytest.raises(RecipeError, match=r"data\.shift: expected 0 or more pixels, got -1"):
         Colours(shift=-1)
+    with pytest.raises(RecipeError, match=r"data\.num_workers: expected 0 or more, got -1"):
+        Colours(num_workers=-1)
     with pytest.raises(DataError, match="expected one label for each of 3 images, got 2"):
         ImageSplit(np.zeros((3, 2, 2)), np.zeros(2))

@@ -32,7 +32,7 @@ def test_attributes_and_batches() -> None:
     assert data.input_shape == (1, 8, 8)
     assert data.num_classes == 10
     assert data.labels == list("0123456789")
-    x, y = next(iter(data.train_dataloader()))
+    x, y, _ = next(iter(data.train_dataloader()))
     assert (x.dtype, x.shape) == (torch.float32, (32, 1, 8, 8))
     assert (y.dtype, y.shape) == (torch.int64, (32,))
 

@@ -43,7 +43,7 @@ def test_normalises_by_the_training_images(tmp_path: Path) -> None:
     write_fashion_mnist(tmp_path)
     data = FashionMNIST(str(tmp_path), num_val=20, batch_size=40)
     data.setup()
-    x, _ = next(iter(data.train_dataloader()))
+    x, *_ = next(iter(data.train_dataloader()))
     assert abs(float(x.mean())) < 1e-3
     assert abs(float(x.std()) - 1) < 1e-3
     raw = data.load().test.images[:5].astype(np.float32)

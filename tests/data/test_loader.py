@@ -2,14 +2,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.data.distributed import DistributedSampler
 
 from compress.data.loader import ResumableLoader, Tensors
 
 
 def loader(epoch: int) -> ResumableLoader:
-    made = ResumableLoader(Tensors(torch.arange(22)), batch_size=4, shuffle=True, seed=3)
-    made.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-    return made
+    sampler: DistributedSampler = DistributedSampler(range(22), 1, 0, shuffle=True, seed=3)  # type: ignore[arg-type]
+    sampler.set_epoch(epoch)
+    return ResumableLoader(Tensors(torch.arange(22)), batch_size=4, sampler=sampler)
 
 
 def rows(batches: ResumableLoader) -> list[list[int]]:

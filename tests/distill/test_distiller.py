@@ -3,13 +3,12 @@ from __future__ import annotations
 import io
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
 from compress.distill import Classification, Distiller, SoftTarget
 from compress.errors import RecipeError
-from tests.networks import Residual, images, loader
+from tests.networks import Residual, images, loader, trainer
 
 
 def make(teacher: nn.Module | None = None, weights: tuple[float, ...] = ()) -> Distiller:
@@ -19,17 +18,6 @@ def make(teacher: nn.Module | None = None, weights: tuple[float, ...] = ()) -> D
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         teacher=teacher,
         losses=[SoftTarget(weight=weight) for weight in weights],
-    )
-
-
-def trainer(**arguments: object) -> pl.Trainer:
-    return pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **arguments,  # type: ignore[arg-type]
     )
 
 
@@ -64,17 +52,22 @@ def test_teacher_stays_out_of_everything_and_does_not_change() -> None:
 
 def test_a_student_learns_from_its_teacher_alone() -> None:
     torch.manual_seed(0)
-    module, teacher = make(Residual(8), (1.0,)), None
-    teacher = module.teacher
-    assert teacher is not None
-    x, _ = images()
-    first = float(module.losses[0](module(x), teacher(x)))
+    module = make(Residual(8), (1.0,))
+    batch = images()
+
+    def distance() -> float:
+        return float(module.losses[0](module.lesson(batch)))
+
+    first = distance()
     trainer(max_epochs=15).fit(module, loader())
-    assert float(module.losses[0](module(x), teacher(x))) < 0.5 * first
+    assert distance() < 0.5 * first
 
 
 def test_mistakes_are_named() -> None:
-    with pytest.raises(RecipeError, match=r"distill\.losses: expected weights that sum to at most 1, got 1\.2"):
+    with pytest.raises(
+        RecipeError,
+        match=r"distill\.losses: expected weights of losses between outputs that sum to at most 1, got 1\.2",
+    ):
         make(Residual(8), (0.6, 0.6))
     with pytest.raises(RecipeError, match="teacher: expected a network"):
         make(None, (0.5,))

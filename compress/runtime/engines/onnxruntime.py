@@ -8,12 +8,14 @@ from typing import Any
 
 from compress.errors import MissingPackageError
 from compress.measure.machine import cpu_flags, describe_machine
+from compress.runtime.manifest import TensorSpec
 
 __all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
 
 PACKAGE = "onnxruntime"
 
 _VNNI = {"avx512_vnni", "avx_vnni"}
+_DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as numpy names them
 
 
 class ONNXRuntimeEngine:
@@ -25,6 +27,8 @@ class ONNXRuntimeEngine:
 
     Attributes:
         threads: Threads of one call.
+        inputs: The file's inputs.
+        outputs: The file's outputs.
     """
 
     takes = "numpy"
@@ -42,11 +46,17 @@ class ONNXRuntimeEngine:
             # Sums of int8 products overflow on AVX2 and AVX-512 without VNNI; uint8 weights are exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        self._names = [entry.name for entry in self._session.get_inputs()]
+        self.inputs = tuple(map(_spec, self._session.get_inputs()))
+        self.outputs = tuple(map(_spec, self._session.get_outputs()))
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs of a batch of arrays."""
-        return self._session.run(None, dict(zip(self._names, inputs)))
+        return self._session.run(None, dict(zip([spec.name for spec in self.inputs], inputs)))
+
+
+def _spec(entry: Any) -> TensorSpec:
+    dtype = _DTYPES.get(entry.type, entry.type.removeprefix("tensor(").rstrip(")"))
+    return TensorSpec(entry.name, dtype, tuple(size if isinstance(size, int) else None for size in entry.shape))
 
 
 def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
