@@ -24,6 +24,7 @@ examples:
   compress run digits --prune.ratio 0.3 --seed 1         a shipped recipe by name, two keys overridden
   compress run digits --print_config                     the recipe with all its defaults, as YAML
   compress run --resume runs/digits/2026-01-01_12-00-00  go on with a run that was stopped
+  compress cache-teacher digits                          a run's first step alone: store what its teacher says
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
   compress predict ARTIFACT images.npy                   labels and probabilities for raw inputs
@@ -68,13 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         entry.set_defaults(command=action)
         return entry
 
-    for name, text in [
-        ("run", "fit, test, export, bench and report"),
-        ("fit", "train the stages of a recipe"),
+    for name, action, text in [
+        ("run", _run, "fit, test, export, bench and report"),
+        ("fit", _fit, "train the stages of a recipe"),
+        ("cache-teacher", _cache_teacher, "begin a run by storing its teacher's outputs for every sample and view"),
     ]:
         entry = command(
             name,
-            _run if name == "run" else _fit,
+            action,
             text,
             epilog=f"Any key of the recipe can follow by its dotted name: --prune.ratio 0.3 --trainer.max_epochs 5. "
             f"'compress {name} RECIPE --keys' lists them, '--print_config' shows the recipe with its defaults.",
@@ -143,6 +145,18 @@ def _fit(options: argparse.Namespace, rest: list[str], console: Console) -> None
         fit(opened)
         if opened.is_main_process:
             console.print(f"run directory: {opened.path}")
+
+
+def _cache_teacher(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.pipeline import RunDirectory, cache_teacher
+
+    opened = _open(options, rest if options.keys else [*rest, "--teacher.cache", "true"], console)
+    if isinstance(opened, RunDirectory):
+        cache_teacher(opened)
+        # The recipe of a run that was there before does not know of the cache.
+        words = " --teacher.cache true" if options.resume else ""
+        go_on = f"compress run --resume {opened.path}{words}"
+        console.print(f"run directory: {opened.path}. Go on with: {go_on}", soft_wrap=True)
 
 
 def _step(options: argparse.Namespace, rest: list[str], console: Console) -> None:

@@ -19,13 +19,13 @@ class KeyedDataModule(LightningDataModule):
     Args:
         inner: The data module.
         seed: Of the augmentation and of the order of the training samples.
-        num_views: Augmented views of each sample; the epochs take turns.
+        num_views: Augmented views of each sample; the epochs take turns. Without it, each epoch has its own.
 
     Raises:
         DataError: when the module changes batches after their transfer to the device, where no key reaches.
     """
 
-    def __init__(self, inner: LightningDataModule, *, seed: int, num_views: int) -> None:
+    def __init__(self, inner: LightningDataModule, *, seed: int = 0, num_views: int | None = None) -> None:
         super().__init__()
         for hook in ("on_before_batch_transfer", "on_after_batch_transfer"):
             if getattr(type(inner), hook) is not getattr(LightningDataModule, hook):

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from compress.distill.lesson import View, pick
 from compress.errors import RecipeError
 from compress.surgery import Captured
+from compress.surgery.taps import layer_names
 
 __all__ = ["FeatureTaps", "find_layers"]
 
@@ -37,7 +38,7 @@ def find_layers(network: nn.Module, pattern: str, *, where: str = "layers") -> l
         ['1.0', '1.1']
     """
     path, _, entry = pattern.partition(":")
-    names = [_plain(name) for name, _ in network.named_modules() if _plain(name)]
+    names = _names(network)
     parts = path.split(".")
     found = [
         name for name in names if len(name.split(".")) == len(parts) and all(map(fnmatchcase, name.split("."), parts))
@@ -130,6 +131,12 @@ class FeatureTaps:
             seen[path] = output
 
         return hook
+
+
+def _names(network: nn.Module) -> list[str]:
+    if isinstance(network, Captured):
+        return layer_names(network.graph_module)
+    return [_plain(name) for name, _ in network.named_modules() if _plain(name)]
 
 
 def _path(name: str) -> str:

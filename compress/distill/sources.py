@@ -13,7 +13,7 @@ from compress.distill.cache import OutputCache
 from compress.distill.features import FeatureTaps, find_layers
 from compress.distill.lesson import Batch, View
 from compress.distill.stored import from_stored
-from compress.distill.teachers import Ensemble, LiveTeacher, OwnTeacher, check_finite
+from compress.distill.teachers import Ensemble, LiveTeacher, OwnTeacher, check_finite, not_finite
 from compress.errors import DataError, RecipeError
 from compress.surgery import Edit
 
@@ -82,6 +82,7 @@ class LiveSource(TeacherSource):
         self.teacher = teacher
         self.network = teacher.network
         self._taps = FeatureTaps()
+        self._wrong: Tensor | None = None
 
     def find(self, pattern: str) -> Sequence[str]:
         """Return the teacher's layers that match a pattern."""
@@ -94,7 +95,7 @@ class LiveSource(TeacherSource):
     def teach(self, batch: Batch) -> tuple[Sequence[View], Tensor | None]:
         """Return what each member says."""
         view = self._taps.through(self.teacher, self.teacher.network, *batch.inputs, **batch.named)
-        check_finite(view.outputs)
+        self._check(view.outputs)
         network = self.teacher.network
         if not isinstance(network, Ensemble):
             return [view], None
@@ -104,6 +105,13 @@ class LiveSource(TeacherSource):
     def to(self, device: torch.device) -> None:
         """Move to a device."""
         self.teacher.to(device)
+
+    def _check(self, outputs: Any) -> None:
+        # Asking a GPU waits for it: there, the answer for the batch before, which is known by now, is looked at.
+        wrong = not_finite(outputs)
+        late, self._wrong = self._wrong, wrong
+        if wrong.device.type == "cpu" or (late is not None and bool(late)):
+            check_finite(outputs)
 
 
 class CachedSource(TeacherSource):

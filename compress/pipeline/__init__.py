@@ -5,9 +5,22 @@ from compress.pipeline.export import export
 from compress.pipeline.fit import fit
 from compress.pipeline.report import report
 from compress.pipeline.rundir import RunDirectory, create_run, open_run
+from compress.pipeline.teaching import cache_teacher
 from compress.pipeline.test import test
 
-__all__ = ["STEPS", "RunDirectory", "bench", "create_run", "export", "fit", "open_run", "report", "run", "test"]
+__all__ = [
+    "STEPS",
+    "RunDirectory",
+    "bench",
+    "cache_teacher",
+    "create_run",
+    "export",
+    "fit",
+    "open_run",
+    "report",
+    "run",
+    "test",
+]
 
 # What each step leaves; "report" is cheap and always written anew, "fit" knows its own phases.
 _LEAVES = {"test": "test.json", "export": "artifact", "bench": "bench.json"}

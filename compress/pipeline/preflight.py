@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from compress.data import KeyedDataModule
 from compress.distill import Distiller
 from compress.errors import CompressError, DataError, RecipeError
 from compress.prune import find_groups
@@ -21,7 +22,7 @@ def preflight(recipe: Recipe) -> None:
     """Load the data, run the networks on two samples, and try what the recipe will do to them; nothing is written.
 
     Raises:
-        DataError: when the data are missing or do not fit the networks.
+        DataError: when the data are missing, do not fit the networks, or cannot have keys that a cache needs.
         RecipeError: when the teacher's checkpoint does not fit, or a loss does not fit student and teacher.
         EditError: when the student cannot be pruned, or a layer to ignore does not exist.
         CaptureError: when the student cannot be quantised.
@@ -33,6 +34,8 @@ def preflight(recipe: Recipe) -> None:
         raise DataError("data: expected batches (inputs, targets) of tensors, got others. Return such pairs.")
     inputs, targets = batch[0][:2], batch[1][:2]
     if recipe.teacher is not None:
+        if recipe.teacher.cache:
+            KeyedDataModule(recipe.data, seed=recipe.seed).train_dataloader()
         if isinstance(recipe.teacher.model, nn.Module):
             if recipe.teacher.checkpoint is not None:
                 load_weights(recipe.teacher.model, Path(recipe.teacher.checkpoint))

@@ -22,6 +22,7 @@ from compress.distill import Distiller, LiveTeacher, OutputCache, read_batch
 from compress.distill.cache import CacheWriter, Field, fingerprint_module, fingerprint_tensors
 from compress.distill.sources import TeacherSource
 from compress.distill.stored import to_stored
+from compress.errors import DataError
 from compress.pipeline.rundir import RunDirectory
 
 __all__ = ["stored_outputs"]
@@ -48,15 +49,15 @@ def stored_outputs(run: RunDirectory, live: LiveTeacher, folder: Path) -> tuple[
     loader = keyed_loader(run.recipe.data.train_dataloader(), seed=run.recipe.seed, view=0)
     num_samples = len(loader.sampler)  # type: ignore[arg-type]
     source, layers = _source(run, live, loader)
+    example = to_stored(*source.teach(read_batch(_fetch(loader, [0, 1]))))
+    fields = {name: _field(name, tensor, spec.cache_dtype, spec.cache_top_k) for name, tensor in example.items()}
     key = {
         "teacher": f"{fingerprint_module(live.network)} in {live.precision or 'fp32'}",
         "layers": ", ".join(layers) or "outputs only",
         **_fingerprint(loader, num_samples, spec.cache_views),
+        "stored": ", ".join(f"{name} {field.describe()}" for name, field in fields.items()),
     }
-    example = to_stored(*source.teach(read_batch(_fetch(loader, [0, 1]))))
-    fields = {name: _field(name, tensor, spec.cache_dtype, spec.cache_top_k) for name, tensor in example.items()}
-    made_of = [key, {name: repr(field) for name, field in fields.items()}, spec.cache_views]
-    name = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = Path(spec.cache_dir) if spec.cache_dir is not None else folder / name
     if run.is_main_process:
         if not (path / "manifest.json").exists():
@@ -91,6 +92,13 @@ def _fingerprint(loader: DataLoader, num_samples: int, num_views: int) -> dict[s
     probes = [read_batch(_fetch(loader, (view * num_samples + indices).tolist())) for view in range(num_views)]
     targets = [probe.targets for probe in probes[:1] if probe.targets is not None]
     inputs = [[*probe.inputs, *probe.named.values()] for probe in probes]
+    again = read_batch(_fetch(loader, indices.tolist()))
+    if fingerprint_tensors([*again.inputs, *again.named.values()]) != fingerprint_tensors(inputs[0]):
+        raise DataError(
+            "data: expected the same inputs when a sample is asked for again, got others. Its augmentation must draw "
+            "from the global generators of torch, numpy or Python, which are seeded for each sample and view; or turn "
+            "the cache off."
+        )
     return {
         "data": f"{num_samples} samples, targets {fingerprint_tensors(*targets)}",
         "augmentation": f"{num_views} views, inputs {fingerprint_tensors(*inputs)}",

@@ -16,13 +16,14 @@ from pytorch_lightning import LightningDataModule
 from torch import nn
 
 from compress.distill import LiveTeacher, OwnTeacher, ResponseLoss
+from compress.errors import RecipeError
 from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
 from compress.pipeline.storing import stored_outputs
 from compress.pipeline.training import keep, train
 from compress.surgery import History, save_snapshot
 
-__all__ = ["Teaching", "cache_folder", "teaching"]
+__all__ = ["Teaching", "cache_folder", "cache_teacher", "teaching"]
 
 # Trainer arguments that do not change what a teacher becomes.
 _NO_MATTER = {"max_epochs", "logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler"}
@@ -54,6 +55,18 @@ def teaching(run: RunDirectory) -> Teaching:
     if not spec.cache:
         return Teaching(live, run.recipe.data)
     return Teaching(*stored_outputs(run, live, cache_folder() / "outputs"))
+
+
+def cache_teacher(run: RunDirectory) -> None:
+    """Store a teacher's outputs; the teacher is trained first where it has no weights.
+
+    Raises:
+        RecipeError: when the recipe has no teacher whose outputs could be stored.
+    """
+    spec = run.recipe.teacher
+    if spec is None or not spec.cache:
+        raise RecipeError("teacher.cache: expected a teacher whose outputs are stored, got none. Set it to true.")
+    teaching(run)
 
 
 def cache_folder() -> Path:

@@ -82,6 +82,15 @@ class Field:
         logits = others[:, None].repeat(1, self.shape[0])
         return logits.scatter_(1, torch.from_numpy(rows["classes"].astype(np.int64)), values)
 
+    def describe(self) -> str:
+        """Return the field in a few words.
+
+        Example:
+            >>> Field((1000,), top_k=4).describe()
+            '(1000,) as float16, the largest 4'
+        """
+        return f"{self.shape} as {self.dtype}" + (f", the largest {self.top_k}" if self.top_k else "")
+
     def to_json(self) -> dict[str, Any]:
         """Return what ``from_json`` reads."""
         return {**asdict(self), "shape": list(self.shape)}

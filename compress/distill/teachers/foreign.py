@@ -35,9 +35,14 @@ class FileTeacher(nn.Module):
         path: The file.
         gives: ``"logits"``, or ``"probabilities"``, of which the logarithm is taken.
 
+    Attributes:
+        engine: What runs the file, as reports name it.
+
     Raises:
         RecipeError: when there is no such file.
     """
+
+    engine = "eager"
 
     def __init__(self, path: str, gives: str = "logits") -> None:
         super().__init__()
@@ -63,6 +68,12 @@ class FileTeacher(nn.Module):
     def extra_repr(self) -> str:
         """Return the path and what makes this teacher differ from others of the same file."""
         return f"{self.path!r}, gives={self.gives!r}"
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        path = Path(self.path)
+        return sum(file.stat().st_size for file in ([path] if path.is_file() else path.iterdir()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": ()}
@@ -122,6 +133,8 @@ class OnnxTeacher(FileTeacher):
     Raises:
         RecipeError: when there is no such file, or an argument is unknown.
     """
+
+    engine = "onnxruntime"
 
     def __init__(
         self,

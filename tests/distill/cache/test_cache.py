@@ -220,11 +220,12 @@ def test_two_processes_do_not_write_over_each_other(tmp_path: Path) -> None:
 
 def test_fingerprints_change_with_what_they_stand_for(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    layer = nn.Linear(3, 3)
+    network = nn.Sequential(layer, nn.ReLU())
     first = fingerprint_module(network)
     assert first == fingerprint_module(network)
     with torch.no_grad():
-        network[0].weight[0, 0] += 1e-6
+        layer.weight[0, 0] += 1e-6
     second = fingerprint_module(network)
     network[1] = nn.Tanh()
     assert len({first, second, fingerprint_module(network)}) == 3
