@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import compress.cli
+from compress.distill import losses
+from compress.recipe import build_recipe, find_recipe, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -46,9 +49,22 @@ def test_every_command_in_the_table_exists(capsys: pytest.CaptureFixture[str]) -
     commands = {
         name for cell in re.findall(r"^\| `compress ([^`]*)`", README, re.MULTILINE) for name in [cell.split()[0]]
     }
-    assert {"run", "bench", "predict", "recipes"} <= commands
+    assert {"run", "bench", "cache-teacher", "predict", "recipes"} <= commands
     for name in commands | {"test", "export", "report"}:
         with pytest.raises(SystemExit) as stop:
             compress.cli.main([name, "--help"])
         assert stop.value.code == 0
         assert "usage: compress" in capsys.readouterr().out
+
+
+def test_every_loss_is_in_the_table_and_the_shown_one_is_read(tmp_path: Path) -> None:
+    shown = re.search(r"<!-- losses -->\n(.*?)<!-- /losses -->", README, re.DOTALL)
+    assert shown is not None
+    listed = set(re.findall(r"`([A-Za-z]+)`", shown[1]))
+    assert listed == set(losses.__all__) - {"DistillationLoss", "FeatureLoss", "ResponseLoss"}
+    section = re.search(r"## Distillation\n.*?```yaml\n(.*?)```", README, re.DOTALL)
+    assert section is not None
+    text = yaml.safe_load(find_recipe("digits").read_text()) | yaml.safe_load(section[1])
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text))
+    recipe = build_recipe(*parse_recipe(tmp_path / "recipe.yaml"), name="recipe")
+    assert [loss.name for loss in recipe.distill.losses] == ["soft_target", "attention_transfer"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,19 @@ import torch
 import yaml
 from torch import nn
 
-from compress.distill import Classification, SoftTarget, WarmupCosine
+from compress.distill import (
+    Classification,
+    Constructed,
+    EarlierSelf,
+    Ensemble,
+    MovingAverage,
+    MultiTask,
+    OnnxTeacher,
+    ResponseLoss,
+    SoftTarget,
+    WarmupCosine,
+    losses,
+)
 from compress.errors import RecipeError
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
@@ -88,7 +101,13 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
         (["--export.targets", "[aoti, tflite]"], r"export\.targets: expected names among .*, got tflite"),
         (["--export.min_top1_agreement", "98"], r"export\.min_top1_agreement: expected a value in \[0, 1\], got 98"),
         (["--data.init_args.batch_size", "0"], r"data\.batch_size"),
-        (["--distill.losses.init_args.weight", "2"], r"distill\.losses\.weight"),
+        (["--distill.losses.init_args.weight", "2"], r"distill\.losses: expected weights .* at most 1, got 2"),
+        (["--distill.losses.init_args.weight", "-1"], r"distill\.losses\.weight: expected 0 or more, got -1"),
+        (["--distill.task_weight", "-1"], r"distill\.task_weight: expected 0 or more, got -1"),
+        (["--teacher.max_epochs", "-1"], r"teacher\.max_epochs: expected 0 or more, got -1"),
+        (["--teacher.precision", "int8"], r"teacher\.precision: expected bf16 or fp32, got 'int8'"),
+        (["--teacher.cache_views", "0"], r"teacher\.cache_views: expected at least 1, got 0"),
+        (["--teacher.cache_dtype", "int8"], r"teacher\.cache_dtype: expected float16 or float32, got 'int8'"),
     ],
 )
 def test_values_out_of_range_are_named(words: list[str], message: str) -> None:
@@ -103,7 +122,7 @@ def test_all_contradictions_are_told_at_once() -> None:
             data=object(),  # type: ignore[arg-type]
             task=Classification(2),
             optimizer=torch.optim.Adam,  # type: ignore[arg-type]
-            teacher=Teacher(nn.Linear(2, 2), max_epochs=0),
+            teacher=Teacher(nn.Linear(2, 2), max_epochs=-1),
             prune=StructuredPruning(end=0.9),
             quantize=QuantizationAwareTraining(start=0.7),
             distill=Distill([SoftTarget(weight=0.7), SoftTarget(weight=0.7)]),
@@ -130,6 +149,73 @@ def test_python_objects_make_the_same_recipe() -> None:
     )
     assert written.baseline == read.baseline
     assert written.export.targets == read.export.targets
+
+
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "ContrastiveRepresentation": {"layers": {"a": "b"}, "num_samples": 2000},
+    **{name: {"layers": ["a"]} for name in ("Exits", "MaximumMeanDiscrepancy", "CorrelationAlignment")},
+    **{name: {} for name in losses.__all__ if issubclass(getattr(losses, name), ResponseLoss)},
+}
+ABSTRACT = {"DistillationLoss", "FeatureLoss", "ResponseLoss"}
+
+
+@pytest.mark.parametrize("name", sorted(set(losses.__all__) - ABSTRACT))
+def test_every_loss_can_be_named_with_weight_and_schedule(name: str) -> None:
+    schedule = {"class_path": "compress.distill.Decay", "init_args": {"start": 0.5}}
+    arguments = {**ARGUMENTS.get(name, {"layers": {"a": "b"}}), "weight": 0.25, "schedule": schedule}
+    words = ["--distill.losses", json.dumps([{"class_path": f"compress.distill.{name}", "init_args": arguments}])]
+    (loss,) = build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits").distill.losses
+    assert type(loss).__name__ == name
+    assert loss.weight_at(0.0) == 0.25
+    assert loss.weight_at(1.0) == 0.0
+
+
+LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
+
+
+@pytest.mark.parametrize(
+    ("model", "kind"),
+    [
+        (LINEAR, nn.Linear),
+        ({"class_path": "compress.distill.Ensemble", "init_args": {"teachers": [LINEAR, LINEAR]}}, Ensemble),
+        (
+            {
+                "class_path": "compress.distill.Constructed",
+                "init_args": {"constructor": "torch.nn.Linear", "arguments": {"in_features": 2, "out_features": 2}},
+            },
+            Constructed,
+        ),
+        ({"class_path": "compress.distill.MovingAverage", "init_args": {"decay": 0.9}}, MovingAverage),
+        ({"class_path": "compress.distill.EarlierSelf"}, EarlierSelf),
+    ],
+    ids=lambda value: value["class_path"] if isinstance(value, dict) else "",
+)
+def test_every_kind_of_teacher_can_be_named(model: dict[str, Any], kind: type, tmp_path: Path) -> None:
+    text = yaml.safe_load(find_recipe("digits").read_text())
+    text["teacher"] = {"model": model, "assistants": [LINEAR], "compile": True, "precision": "bf16"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text))
+    recipe = build_recipe(*parse_recipe(tmp_path / "recipe.yaml"), name="recipe")
+    assert recipe.teacher is not None
+    assert isinstance(recipe.teacher.model, kind)
+    assert isinstance(recipe.teacher.assistants[0], nn.Linear)
+
+
+def test_files_as_teachers_and_several_tasks(tmp_path: Path) -> None:
+    text = yaml.safe_load(find_recipe("digits").read_text())
+    (tmp_path / "teacher.onnx").write_bytes(b"")
+    arguments = {"path": str(tmp_path / "teacher.onnx"), "layout": "NHWC", "scale": 2.0, "offset": [0.0, 1.0]}
+    text["teacher"] = {"model": {"class_path": "compress.distill.OnnxTeacher", "init_args": arguments}, "max_epochs": 0}
+    tasks = {
+        "kind": {"class_path": "compress.distill.Classification", "init_args": {"num_classes": 3}},
+        "size": {"class_path": "compress.distill.Regression"},
+    }
+    text["task"] = {"class_path": "compress.distill.MultiTask", "init_args": {"tasks": tasks, "weights": {"size": 2.0}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text))
+    recipe = build_recipe(*parse_recipe(tmp_path / "recipe.yaml"), name="recipe")
+    assert recipe.teacher is not None
+    assert isinstance(recipe.teacher.model, OnnxTeacher)
+    assert isinstance(recipe.task, MultiTask)
+    assert recipe.task.weights == {"kind": 1.0, "size": 2.0}
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
