@@ -18,6 +18,7 @@ from compress.distill.features import FeatureTaps, find_layers
 from compress.distill.kept import kept_channels, observer
 from compress.distill.lesson import Batch, Lesson, View, num_samples, read_batch
 from compress.distill.losses import DistillationLoss
+from compress.distill.means import EpochMeans
 from compress.distill.schedulers import LearningRateSchedule
 from compress.distill.sources import TeacherSource, make_source
 from compress.distill.tasks import Task
@@ -31,7 +32,7 @@ __all__ = ["Distiller", "MakeOptimizer", "MakeScheduler", "check_weights"]
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 MakeScheduler = LearningRateSchedule | Callable[[Optimizer], LRScheduler]
 
-_AVERAGE = "compress_own_teacher"
+_AVERAGE, _MEANS = "compress_own_teacher", "compress_epoch_means"
 
 
 class Distiller(pl.LightningModule):
@@ -89,6 +90,7 @@ class Distiller(pl.LightningModule):
         self._prepared = False
         self._example: Batch | None = None
         self._names = _log_names(losses)
+        self._means = EpochMeans()
         self.val_metrics = task.metrics("val/")
         self.test_metrics = task.metrics("test/")
 
@@ -151,8 +153,14 @@ class Distiller(pl.LightningModule):
         """Return the weighted sum of all losses and log each part."""
         lesson = self.lesson(batch)
         total, parts = self.objective(lesson)
-        self.log_dict(parts, on_step=False, on_epoch=True, batch_size=num_samples(lesson.student.outputs))
+        self.note(parts, num_samples(lesson.student.outputs))
         return total
+
+    def note(self, parts: Mapping[str, Tensor], num: int) -> None:
+        """Log the means of named scalars over the epoch, at its last step."""
+        self._means.add(parts, num)
+        if self.trainer.is_last_batch or self.trainer.global_step + 1 == self.trainer.max_steps:
+            self.log_dict(self._means.take(), on_step=False, on_epoch=True, batch_size=1)
 
     def lesson(self, batch: Any) -> Lesson:
         """Run student and teachers on a batch.
@@ -255,12 +263,14 @@ class Distiller(pl.LightningModule):
         return {f"losses.{name}": what for name, what in slices.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep a teacher that is made in this very fit."""
+        """Keep a teacher that is made in this very fit, and the epoch's means so far."""
+        checkpoint[_MEANS] = self._means.state_dict()
         if self.source is not None and (state := self.source.state()) is not None:
             checkpoint[_AVERAGE] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore a teacher that was made in the fit; edits have been replayed before."""
+        """Restore what ``on_save_checkpoint`` kept; edits have been replayed before."""
+        self._means.load_state_dict(checkpoint.get(_MEANS, {}))
         if self.source is not None and _AVERAGE in checkpoint:
             self.source.restore(self.student, checkpoint[_AVERAGE])
 

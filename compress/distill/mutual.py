@@ -86,7 +86,7 @@ class MutualDistiller(Distiller):
         )
         peer_total, peer_parts = self.objective(own)
         parts |= {name.replace("train/", "train/peer_"): value for name, value in peer_parts.items()}
-        self.log_dict(parts, on_step=False, on_epoch=True, batch_size=given.size)
+        self.note(parts, given.size)
         return torch.stack([total, peer_total]).sum()
 
 

@@ -6,7 +6,7 @@ steps, from the begin of one batch to the begin of the next, data loading and lo
 
 from __future__ import annotations
 
-import copy
+import logging
 import tempfile
 import time
 from collections.abc import Callable
@@ -68,6 +68,7 @@ class StepTimes(Callback):
 
 def main() -> None:
     arguments = options(__doc__ or "")
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     rounds = 4 if arguments.quick else 24
     with tempfile.TemporaryDirectory() as folder:
         cache = _store(Path(folder))
@@ -81,7 +82,8 @@ def main() -> None:
             for name, run in variants.items():
                 seconds = run()
                 times[name] += seconds if number else []  # the first round warms up
-        memory = {name: peak_memory("distill_step:fit_once", name, folder) for name in ("student", "live", "cached")}
+        reads = _reads(Path(folder) / "many")
+        memory = _memory(folder, rounds=1 if arguments.quick else 5)
     step = {name: median(values) for name, values in times.items()}
     rows = [Row("student", "step", step["student"] * 1e3, "ms")]
     rows += [Row(name, "step_ratio", step[name] / step["student"], "ratio") for name in variants if name != "student"]
@@ -92,8 +94,17 @@ def main() -> None:
         Row("student", "step / plain_loop", step["student"] / step["plain_loop"], "ratio"),
         Row("live", "memory_ratio", memory["live"] / memory["student"], "ratio"),
         Row("cached", "memory_ratio", memory["cached"] / memory["student"], "ratio"),
+        Row("cached_reads", "batches of 128 at random", reads, "samples/s"),
     ]
     finish(arguments, rows)
+
+
+def _memory(folder: str, *, rounds: int) -> dict[str, float]:
+    found: dict[str, list[int]] = {"student": [], "live": [], "cached": []}
+    for _ in track(range(rounds), description="measuring memory"):
+        for name, values in found.items():
+            values.append(peak_memory("distill_step:fit_once", name, folder))
+    return {name: median(values) for name, values in found.items()}
 
 
 def fit_once(name: str, folder: str) -> Callable[[], object]:
@@ -192,16 +203,27 @@ def _teacher_forward() -> Callable[[], list[float]]:
 
 
 def _store(folder: Path) -> OutputCache:
-    data = RandomImages()
-    teacher = freeze(_teacher())
-    writer = CacheWriter(folder, key={}, fields={"outputs": Field((10,))}, num_samples=data.num, num_views=1)
-    with torch.no_grad():
-        x = torch.randn(BATCH, 1, 28, 28)
-        answers = teacher(x).repeat(data.num // BATCH + 1, 1)
-    for view, start, stop in writer.missing():
-        writer.write(view, start, {"outputs": copy.copy(answers[: stop - start])})
-    writer.finish()
+    _fill(folder, RandomImages().num, 10)
     return OutputCache.open(folder, key={})
+
+
+def _fill(folder: Path, num: int, classes: int) -> None:
+    writer = CacheWriter(folder, key={}, fields={"outputs": Field((classes,))}, num_samples=num)
+    for view, start, stop in writer.missing():
+        writer.write(view, start, {"outputs": torch.randn(stop - start, classes)})
+    writer.finish()
+
+
+def _reads(folder: Path, num: int = 100_000, classes: int = 100) -> float:
+    """Return how many samples a second are read at random, one process, in batches."""
+    _fill(folder, num, classes)
+    cache = OutputCache.open(folder, key={})
+    order = torch.randperm(num)
+    views = torch.zeros(BATCH, dtype=torch.int64)
+    start = time.perf_counter()
+    for first in range(0, num - BATCH, BATCH):
+        cache.read(order[first : first + BATCH], views)
+    return (num - BATCH) / (time.perf_counter() - start)
 
 
 if __name__ == "__main__":

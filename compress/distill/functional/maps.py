@@ -77,7 +77,7 @@ def attention_transfer(student: Tensor, teacher: Tensor, *, power: float = 2.0) 
         tensor(0.)
     """
     student, teacher = (_flat(maps) for maps in full_precision(student, teacher))
-    attention = [F.normalize(maps.abs().pow(power).sum(1), dim=1) for maps in (student, teacher)]
+    attention = [F.normalize(_energy(maps, power), dim=1) for maps in (student, teacher)]
     check_same_shape("attention_transfer", *attention)
     return (attention[0] - attention[1]).square().mean()
 
@@ -274,6 +274,10 @@ def hierarchical_context(student: Tensor, teacher: Tensor, *, levels: Sequence[i
             distances.append(F.mse_loss(ours, theirs))
     weights = [0.5**level for level in range(len(distances))]
     return torch.stack([w * value for w, value in zip(weights, distances)]).sum() / sum(weights)
+
+
+def _energy(maps: Tensor, power: float) -> Tensor:
+    return maps.square().sum(1) if power == 2 else maps.abs().pow(power).sum(1)
 
 
 def _flat(maps: Tensor) -> Tensor:
