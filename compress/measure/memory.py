@@ -20,18 +20,19 @@ __all__ = ["peak_memory", "peak_memory_of", "unpickle"]
 _NUM_CALLS = 3
 
 
-def peak_memory(load: str, *arguments: str) -> int:
+def peak_memory(load: str, *arguments: str, imports: Sequence[str] = ()) -> int:
     """Return by how many bytes a process grows when it loads a network and runs it a few times.
 
     Args:
         load: ``"module:function"``; the function takes ``arguments`` and returns a call without arguments. What
             importing the module costs is not counted.
         arguments: Strings for that function.
+        imports: Further modules whose import is not counted.
 
     Raises:
         RuntimeError: when the process fails.
     """
-    command = [sys.executable, "-m", "compress.measure.memory", load, *arguments]
+    command = [sys.executable, "-m", "compress.measure.memory", load, json.dumps(list(imports)), *arguments]
     # The same import path as here, whatever started this process.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
@@ -54,6 +55,7 @@ def peak_memory_of(network: Any, inputs: Sequence[Any]) -> int | None:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.pt"
+        homes = {type(part).__module__ for part in network.modules()}
         homeless = sorted({type(part).__name__ for part in network.modules() if type(part).__module__ == "__main__"})
         reason = f"{', '.join(homeless)} defined in the script that runs" if homeless else ""
         try:
@@ -67,7 +69,7 @@ def peak_memory_of(network: Any, inputs: Sequence[Any]) -> int | None:
                 stacklevel=2,
             )
             return None
-        return peak_memory("compress.measure.memory:unpickle", str(path))
+        return peak_memory("compress.measure.memory:unpickle", str(path), imports=sorted(homes))
 
 
 def unpickle(path: str) -> Callable[[], object]:
@@ -94,9 +96,10 @@ def _resident_peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _main(load: str, *arguments: str) -> None:
+def _main(load: str, imports: str, *arguments: str) -> None:
     module_name, _, function = load.partition(":")
-    importlib.import_module("torch")
+    for name in ["torch", *json.loads(imports)]:
+        importlib.import_module(name)
     loader = getattr(importlib.import_module(module_name), function)
     before = _resident_peak()
     call = loader(*arguments)

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from torch.utils.data.distributed import DistributedSampler
 
 from compress.data.loader import ResumableLoader, Tensors
 from compress.distill import Classification, Distiller, WarmupCosine
@@ -54,7 +55,8 @@ def fit(
         default_root_dir=path.parent,
         callbacks=[RandomStates(), batches, ResumePoint(path)],
     )
-    train = ResumableLoader(Tensors(*images(48)), batch_size=8, shuffle=True)
+    rows = Tensors(*images(48))
+    train = ResumableLoader(rows, batch_size=8, sampler=DistributedSampler(rows, 1, 0, shuffle=True))
     try:
         trainer.fit(module, train, ckpt_path=path if path.exists() else None, weights_only=True)
     except SystemExit:
