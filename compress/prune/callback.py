@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import EditError, RecipeError
-from compress.prune.planner import find_groups, plan_removal
+from compress.prune.planner import apply_removal, find_groups, plan_removal
 from compress.prune.schedules import SCHEDULES, num_kept
-from compress.surgery import Edit, History, ModelEditor, apply_slices, history_of
+from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
 
 __all__ = ["StructuredPruning", "replay_prune"]
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 def replay_prune(network: nn.Module, edit: Edit) -> nn.Module:
     """Carry out an edit of kind ``"prune"``."""
-    return apply_slices(network, edit.data["slices"], edit.data["attributes"])
+    return apply_removal(network, edit.data)
 
 
 class StructuredPruning(ModelEditor):

@@ -1,8 +1,8 @@
-"""Which channels are coupled, how much each matters, and the edit that removes the least; built on Torch-Pruning.
+"""Which units of a network can be removed, how much each matters, and the edit that removes the least.
 
-Torch-Pruning knows which slices of which tensors must go together, and does the removal on a copy whose every element
-holds its own position. What survives there is read off as plain kept indices, so that an edit does not depend on
-Torch-Pruning when it is applied or replayed.
+What belongs together is read off the exported graph (``compress.prune.coupling``). An edit is carried out on the module
+itself where its code follows its attributes, and on its captured graph where sizes are written into the code; which of
+the two is found by trying both and comparing what they compute.
 """
 
 from __future__ import annotations
@@ -13,23 +13,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from compress.errors import EditError
+from compress.prune.attributes import attribute_candidates, follow_shapes
+from compress.prune.coupling import Coupling, read_coupling, resize, static_program
+from compress.prune.coupling import Group as Coupled
+from compress.surgery import Captured, apply_slices, capture
+from compress.surgery.slicing import Slices
 
-__all__ = ["Group", "find_groups", "output_layers", "plan_removal"]
-
-_ROOTS = (nn.modules.conv._ConvNd, nn.Linear)
+__all__ = ["Group", "apply_removal", "find_groups", "plan_removal"]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Channels that can be removed together.
+    """Units that can be removed, each without the others.
 
     Args:
         name: The layer whose outputs they are (the first of all that are coupled with it).
-        importance: Shape (channels,): group L2 norm over all coupled slices.
+        importance: Shape (units,): group L2 norm over all coupled slices.
     """
 
     name: str
@@ -37,14 +40,14 @@ class Group:
 
     @property
     def width(self) -> int:
-        """The number of channels."""
+        """The number of units."""
         return len(self.importance)
 
 
 def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> list[Group]:
-    r"""Find the groups of coupled channels and the importance of each channel.
+    r"""Find the groups of removable units and the importance of each unit.
 
-    .. math:: I_c = \operatorname{mean}_{W \in group} \|W_c\|_2^2          Fang et al. 2023, arXiv:2301.12900
+    .. math:: I_u = \operatorname{mean}_{W \in group} \|W_u\|_2^2          Fang et al. 2023, arXiv:2301.12900
 
     Args:
         network: Left untouched.
@@ -53,184 +56,209 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterabl
             ignored in any case.
 
     Raises:
-        EditError: when the network cannot be traced, or a name to ignore does not exist.
+        CaptureError: when the network cannot be exported.
+        EditError: when a name to ignore does not exist.
     """
-    twin = copy.deepcopy(network).eval()
-    return [group for group, _ in _groups(twin, inputs, ignore)]
+    coupling = read_coupling(_graph(network, inputs))
+    tensors = dict(network.named_parameters())
+    return [Group(name, _importance(group, tensors)) for name, group in _named(network, coupling, ignore).items()]
 
 
 def plan_removal(
     network: nn.Module, inputs: Sequence[Tensor], keep: Mapping[str, int], *, ignore: Iterable[str] = ()
 ) -> dict[str, Any] | None:
-    """Describe the removal of the least important channels as data of an edit.
+    """Describe the removal of the least important units as data of an edit.
 
     Args:
         network: Left untouched.
         inputs: Example inputs, at least two samples each.
-        keep: ``{group name: channels to keep}``; groups that are not named, or that are small enough, stay.
+        keep: ``{group name: units to keep}``; groups that are not named, or that are small enough, stay.
         ignore: As in ``find_groups``.
 
     Returns:
-        ``{"slices": ..., "attributes": ..., "widths": {group: [before, after]}}`` or ``None`` when nothing is to be
-        removed.
+        ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs"}``, or
+        ``None`` when nothing is to be removed.
 
     Raises:
-        EditError: when the network cannot be traced.
+        CaptureError: when the network cannot be exported.
+        EditError: when what is left does not run.
     """
-    twin = copy.deepcopy(network).eval()
-    removals, widths = [], {}
-    for group, root in _groups(twin, inputs, ignore):
-        surplus = group.width - keep.get(group.name, group.width)
+    graph = _graph(network, inputs)
+    coupling = read_coupling(graph)
+    tensors = dict(network.named_parameters())
+    gone: dict[tuple[str, int], set[int]] = {}
+    widths = {}
+    for name, group in _named(network, coupling, ignore).items():
+        surplus = group.width - keep.get(name, group.width)
         if surplus > 0:
-            order = torch.argsort(group.importance, stable=True)
-            removals.append((root, sorted(order[:surplus].tolist())))
-            widths[group.name] = [group.width, group.width - surplus]
-    if not removals:
+            least = torch.argsort(_importance(group, tensors), stable=True)[:surplus].cpu()
+            for slot, indices in group.slots.items():
+                gone.setdefault(slot, set()).update(indices[least].flatten().tolist())
+            widths[name] = [group.width, group.width - surplus]
+    if not widths:
         return None
-    slices, attributes = _remove(twin, inputs, removals)
-    return {"slices": slices, "attributes": attributes, "widths": widths}
+    slices: dict[str, dict[str, list[int]]] = {}
+    for (name, dim), missing in gone.items():
+        size = len(coupling.labels.tensors[name][dim])
+        slices.setdefault(name, {})[str(dim)] = [i for i in range(size) if i not in missing]
+    slices = _with_ties(network, slices)
+    reference = _shrink(copy.deepcopy(graph), slices)
+    described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in inputs]
+    data = {"slices": slices, "widths": widths, "inputs": described}
+    attributes = None if isinstance(network, Captured) else _attributes(network, slices, inputs, reference)
+    if attributes is None:
+        return {**data, "attributes": {}, "form": "graph"}
+    return {**data, "attributes": attributes, "form": "module"}
 
 
-def output_layers(network: nn.Module, inputs: Sequence[Tensor]) -> set[str]:
-    """Return the names of the layers whose outputs reach the network's output through no other weight matrix.
+def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
+    """Carry out what ``plan_removal`` describes.
 
-    They are found by walking back through autograd's graph, so it does not matter what the layers are called.
-
-    Example:
-        >>> output_layers(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.ones(2, 3)])
-        {'2'}
+    Returns:
+        The same module, or its captured graph where its code has sizes written in.
     """
-    owners = {
-        id(parameter): name.rpartition(".")[0] for name, parameter in network.named_parameters() if parameter.dim() > 1
-    }
-    with torch.enable_grad():
-        outputs = network(*inputs)
-    pending = [tensor.grad_fn for tensor in _tensors(outputs) if tensor.grad_fn is not None]
-    found, seen = set(), set()
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        weights = {owners[leaf] for parent in parents if (leaf := _leaf(parent)) in owners}
-        if weights:
-            found |= weights
-        else:
-            pending += parents
-    return found
+    if data.get("form", "module") == "module":
+        return apply_slices(network, data["slices"], data["attributes"])
+    if not isinstance(network, Captured):
+        device = next(network.parameters()).device
+        inputs = [_example(shape, dtype, device) for shape, dtype in data["inputs"]]
+        # Not in training mode: a random branch of the user's code, as stochastic depth, would stay in evaluation.
+        network = capture(network, inputs, mode="eval")
+    _shrink(network.graph_module, data["slices"])
+    network.forget_taps()
+    return network
 
 
-def _groups(twin: nn.Module, inputs: Sequence[Tensor], ignore: Iterable[str]) -> list[tuple[Group, Any]]:
-    # With each group comes what Torch-Pruning needs to remove channels of it.
-    names = {module: name for name, module in twin.named_modules()}
-    protected = _protected(twin, set(ignore)) | output_layers(twin, inputs)
-    graph = _dependency_graph(twin, inputs)
-    importance = tp.importance.GroupMagnitudeImportance(p=2, normalizer=None)
-    found = []
-    for group in graph.get_all_groups(
-        ignored_layers=[twin.get_submodule(name) for name in sorted(protected)], root_module_types=_ROOTS
-    ):
-        if any(_is_grouped(dep.target.module) for dep, _ in group):
-            continue  # equal numbers per convolution group are not planned yet
-        root = group[0].dep
-        scores = importance(group)
-        if scores is not None:
-            # get_all_groups starts every group at the full, ordered list of the root's channels.
-            name = names[root.target.module]
-            found.append((Group(name, scores.detach()), (name, root.handler)))
-    return found
-
-
-def _dependency_graph(network: nn.Module, inputs: Sequence[Tensor]) -> Any:
+def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
+    if isinstance(network, Captured):
+        return copy.deepcopy(network.graph_module)
+    training = network.training
     try:
-        # A fresh container each time: Torch-Pruning changes the dicts and lists it is given.
-        return tp.DependencyGraph().build_dependency(network, example_inputs=tuple(inputs), verbose=False)
-    except Exception as error:  # its tracer fails in many ways; each means the same to the user
-        raise EditError(
-            f"prune: expected a network that Torch-Pruning can trace, got {type(network).__name__}: "
-            f"{type(error).__name__}: {error}. Name the layers to leave alone in prune.ignore, or leave prune out."
-        ) from error
+        return static_program(network.eval(), inputs).module(check_guards=False)  # type: ignore[return-value]
+    finally:
+        network.train(training)
 
 
-def _remove(
-    twin: nn.Module, inputs: Sequence[Tensor], removals: Sequence[tuple[Any, list[int]]]
-) -> tuple[dict[str, dict[str, list[int]]], dict[str, dict[str, Any]]]:
-    graph = _dependency_graph(twin, inputs)
-    shapes = {}
-    for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-        if tensor.dim() > 0:
-            shapes[name] = tuple(tensor.shape)
-            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64, device=tensor.device).view(tensor.shape)
-    attributes = {name: _plain_attributes(module) for name, module in twin.named_modules()}
-    for (name, handler), indices in removals:
-        graph.get_pruning_group(twin.get_submodule(name), handler, indices).prune()
-    survivors = {**dict(twin.named_parameters()), **dict(twin.named_buffers())}
-    slices = {}
-    for name, shape in shapes.items():
-        positions = survivors[name].detach()
-        if tuple(positions.shape) != shape:
-            slices[name] = _kept(positions.cpu().long(), shape)
-    changed = {
-        name: {key: value for key, value in _plain_attributes(module).items() if attributes[name].get(key) != value}
-        for name, module in twin.named_modules()
-    }
-    return slices, {name: values for name, values in changed.items() if values}
-
-
-def _kept(positions: Tensor, shape: tuple[int, ...]) -> dict[str, list[int]]:
-    # An element at a flat position knows its index along every dimension of the old shape.
-    kept = {}
-    for dim, (before, after) in enumerate(zip(shape, positions.shape)):
-        if before != after:
-            stride = 1
-            for size in shape[dim + 1 :]:
-                stride *= size
-            line = positions.movedim(dim, 0).reshape(after, -1)[:, 0]
-            kept[str(dim)] = ((line // stride) % before).tolist()
-    return kept
-
-
-def _plain_attributes(module: nn.Module) -> dict[str, Any]:
-    return {
-        key: list(value) if isinstance(value, tuple) else value
-        for key, value in vars(module).items()
-        if isinstance(value, int | tuple | list) and key != "training" and not key.startswith("_")
-        if isinstance(value, int) or all(isinstance(entry, int) for entry in value)
-    }
-
-
-def _protected(network: nn.Module, ignore: set[str]) -> set[str]:
+def _named(network: nn.Module, coupling: Coupling, ignore: Iterable[str]) -> dict[str, Coupled]:
+    """Return the groups that may be pruned by names of their own."""
     names = [name for name, _ in network.named_modules()]
+    ignore = set(ignore)
     for wanted in sorted(ignore - set(names)):
         raise EditError(
             f"prune.ignore: expected names of layers, got {wanted!r}. "
             f"The layers are: {', '.join(name for name in names if name)}."
         )
-    return {name for name in names if any(name == entry or name.startswith(entry + ".") for entry in ignore)}
+    found: dict[str, Coupled] = {}
+    for group in coupling.groups:
+        made_by = {name.rpartition(".")[0] for name, dim in group.slots if dim == 0}
+        if any(layer == entry or layer.startswith(f"{entry}.") for layer in made_by for entry in ignore):
+            continue
+        number = sum(name.partition(":")[0] == group.name for name in found)
+        found[f"{group.name}:{number + 1}" if number else group.name] = group
+    return found
 
 
-def _is_grouped(module: nn.Module) -> bool:
-    groups = getattr(module, "groups", 1)
-    return isinstance(module, nn.modules.conv._ConvNd) and groups not in (1, module.out_channels)
+def _importance(group: Coupled, parameters: Mapping[str, Tensor]) -> Tensor:
+    scores = []
+    for (name, dim), indices in group.slots.items():
+        if name in parameters:
+            weight = parameters[name].detach()
+            squared = weight.float().square().movedim(dim, 0).reshape(weight.shape[dim], -1).sum(1)
+            scores.append(squared[indices.to(squared.device)].sum(1))
+    return torch.stack(scores).mean(0)
 
 
-def _leaf(node: Any) -> int | None:
-    # Linear layers reach their weight through a transpose (and a cast, under autocast).
-    for _ in range(3):
-        if hasattr(node, "variable"):
-            return id(node.variable)
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or not node.name().startswith(
-            ("TBackward", "ToCopyBackward", "PermuteBackward", "Transpose")
-        ):
-            return None
-        node = parents[0]
+def _with_ties(network: nn.Module, slices: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, list[int]]]:
+    """Name tied tensors by the name under which a module lists them."""
+    listed = {id(tensor): name for name, tensor in [*network.named_parameters(), *network.named_buffers()]}
+    every = dict([*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)])
+    return {listed[id(every[name])] if name in every else name: kept for name, kept in slices.items()}
+
+
+def _shrink(graph: GraphModule, slices: Slices) -> GraphModule:
+    """Remove slices from a graph's parameters and write the new sizes into it."""
+    labels = read_coupling(graph).labels
+    removed = []
+    for name, dims in slices.items():
+        for dim, kept in dims.items():
+            vector = labels.tensors[name][int(dim)]
+            gone = torch.ones(len(vector), dtype=torch.bool)
+            gone[kept] = False
+            removed.append(vector[gone])
+    resize(graph, labels, torch.cat(removed))
+    apply_slices(graph, slices, {})
+    return graph
+
+
+def _attributes(
+    network: nn.Module, slices: Slices, inputs: Sequence[Tensor], reference: GraphModule
+) -> dict[str, dict[str, Any]] | None:
+    """Return the attributes with which the module computes what the shrunk graph does, or none where no such are."""
+    with torch.no_grad():
+        expected = _flat(reference(*inputs))
+    plain = copy.deepcopy(network).eval()
+    for guesses in ({}, attribute_candidates(network, _changed_sizes(network, slices))):
+        twin = apply_slices(copy.deepcopy(plain), slices, {})
+        attributes = {**follow_shapes(twin)}
+        for name, values in guesses.items():
+            attributes.setdefault(name, {}).update(values)
+        apply_slices(twin, {}, attributes)
+        try:
+            with torch.no_grad():
+                got = _flat(twin(*inputs))
+        except Exception:  # sizes written into the code make anything happen
+            continue
+        if len(got) == len(expected) and all(_alike(a, b) for a, b in zip(got, expected)):
+            return {
+                name: {k: list(v) if isinstance(v, tuple) else v for k, v in d.items()}
+                for name, d in attributes.items()
+            }
     return None
 
 
-def _tensors(outputs: Any) -> list[Tensor]:
+def _changed_sizes(network: nn.Module, slices: Slices) -> dict[str, dict[int, int]]:
+    """Return old and new sizes of what changes in or below each module, and the same divided into heads."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    changes: dict[str, dict[int, int]] = {"": {}}
+    for name, dims in slices.items():
+        for dim, kept in dims.items():
+            old, new = tensors[name].shape[int(dim)], len(kept)
+            owner = name.rpartition(".")[0]
+            while True:
+                changes.setdefault(owner, {}).setdefault(old, new)
+                if not owner:
+                    break
+                owner = owner.rpartition(".")[0]
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if (
+                isinstance(value, int)
+                and not isinstance(value, bool)
+                and "head" in key
+                and value > 1
+                and name in changes
+            ):
+                for old, new in list(changes[name].items()):
+                    if old % value == 0 and new % (old // value) == 0 and old > value:
+                        changes[name].setdefault(value, new // (old // value))
+    return changes
+
+
+def _alike(got: Tensor, expected: Tensor) -> bool:
+    return got.shape == expected.shape and torch.allclose(got.float(), expected.float(), rtol=1e-3, atol=1e-4)
+
+
+def _flat(outputs: Any) -> list[Tensor]:
     if isinstance(outputs, Tensor):
         return [outputs]
     values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return [tensor for value in values for tensor in _tensors(value)] if isinstance(values, Iterable) else []
+    return [tensor for value in values for tensor in _flat(value)] if isinstance(values, Iterable) else []
+
+
+def _example(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
+    kind = getattr(torch, dtype)
+    return (
+        torch.zeros(shape, dtype=kind, device=device)
+        if not kind.is_floating_point
+        else torch.randn(shape, dtype=kind, device=device)
+    )

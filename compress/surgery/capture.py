@@ -58,12 +58,14 @@ def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export
         ) from error
 
 
-def capture(network: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "train") -> Captured:
     """Return a network as a trainable graph with the same parameters under the same names.
 
     Args:
         network: Its parameters are shared, not copied.
         inputs: Example inputs, at least two samples in dimension 0 of each.
+        mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph.
+            Dropout and BatchNorm follow ``.training`` either way.
 
     Raises:
         CaptureError: when the network cannot be captured.
@@ -76,7 +78,7 @@ def capture(network: nn.Module, inputs: Sequence[Tensor]) -> Captured:
         ['0.weight', '0.bias']
     """
     training = network.training
-    program = export_program(network.train(), inputs)
+    program = export_program(network.train(mode == "train"), inputs)
     captured = Captured(program.module(check_guards=False))
     network.train(training)
     return captured.train(training)
@@ -129,6 +131,10 @@ class Captured(nn.Module):
         self.sync_mode()
         outputs, features = self._tapped[1](*inputs)
         return outputs, dict(zip(names, features))
+
+    def forget_taps(self) -> None:
+        """Build the graph with extra outputs anew at the next call, after the graph has been changed."""
+        self._tapped = None
 
     def train(self, mode: bool = True) -> Captured:
         """Set ``training``; the graph follows at the next call."""

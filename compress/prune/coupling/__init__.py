@@ -1,0 +1,10 @@
+"""Which slices of which parameters must go together, read off an exported graph.
+
+The graph is run once on labels instead of numbers (``walk``): shape operators move labels by running themselves,
+operators in which values meet unite them (``combine``), and what cannot be removed is protected, with a reason.
+"""
+
+from compress.prune.coupling.groups import Coupling, Group, find_coupling, read_coupling, static_program
+from compress.prune.coupling.resize import resize
+
+__all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "resize", "static_program"]

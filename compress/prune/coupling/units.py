@@ -1,0 +1,135 @@
+"""Which indices of which tensors go together: labels that are united as the graph is walked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["NONE", "Block", "Units"]
+
+NONE = 0
+"""The label of an index that cannot be removed."""
+
+
+@dataclass
+class Block:
+    """Labels that vary together along several dimensions: what is removed must leave a rectangle.
+
+    Either whole rows along one axis go, or the same columns of every row.
+
+    Args:
+        labels: Shape (n1, n2, ...), two axes or more.
+        tags: Labels that belong to the whole row at each index of an axis: ``(axis, labels of shape (n_axis,))``.
+        rows: The axis whose rows are meant to go whole (heads of attention, groups of a normalisation), or none.
+        where: Name of the node that made it.
+    """
+
+    labels: Tensor
+    tags: list[tuple[int, Tensor]] = field(default_factory=list)
+    rows: int | None = None
+    where: str = ""
+
+
+class Units:
+    """Labels, united where they must be removed together, with the reasons why some must stay."""
+
+    def __init__(self) -> None:
+        self._parent = np.arange(1024)
+        self._num = 1  # label 0 stands for none
+        self._reasons: dict[int, str] = {}
+        self.blocks: list[Block] = []
+
+    def fresh(self, num: int) -> Tensor:
+        """Return new labels."""
+        while self._num + num > len(self._parent):
+            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
+        self._num += num
+        return torch.arange(self._num - num, self._num)
+
+    def find(self, labels: Tensor) -> Tensor:
+        """Return the label that stands for each one's unit; ``NONE`` stays."""
+        given = labels.numpy()
+        roots = self._parent[given]
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                break
+            roots = above
+        self._parent[given] = roots
+        return torch.from_numpy(roots)
+
+    def unite(self, first: Tensor, second: Tensor) -> None:
+        """Make units of labels that meet, element by element; what meets ``NONE`` must stay."""
+        first, second = torch.broadcast_tensors(first, second)
+        pairs = torch.stack([self.find(first.contiguous()).flatten(), self.find(second.contiguous()).flatten()])
+        pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
+        for a, b in pairs.T.tolist():
+            if a == NONE or b == NONE:
+                self.protect(torch.tensor([max(a, b)]), "it meets values that have no counterpart to remove")
+                continue
+            a, b = self._root(a), self._root(b)
+            if a != b:
+                self._parent[max(a, b)] = min(a, b)
+                if max(a, b) in self._reasons:
+                    self._reasons.setdefault(min(a, b), self._reasons.pop(max(a, b)))
+
+    def protect(self, labels: Tensor, reason: str) -> None:
+        """Say that labels must stay."""
+        for label in torch.unique(self.find(labels.contiguous())).tolist():
+            if label != NONE:
+                self._reasons.setdefault(self._root(label), reason)
+
+    def reason(self, root: int) -> str | None:
+        """Return why a unit must stay, if it must."""
+        return self._reasons.get(root)
+
+    def protected(self) -> Iterable[int]:
+        """Return the units that must stay."""
+        return self._reasons.keys()
+
+    def settle(self) -> None:
+        """Make every block a rectangle after any removal, by uniting labels: rows that go whole, or columns.
+
+        Blocks with an axis of their own decide first. The others go by columns of their longest axis, which leaves the
+        most units, unless what has been united before already makes them rectangles.
+        """
+        for block in sorted(self.blocks, key=lambda block: block.rows is None):
+            labels = self.find(block.labels.contiguous())
+            axis = block.rows
+            if axis is None:
+                axis = next((a for a in range(labels.dim()) if _constant_but(labels, a)), None)
+            if axis is None:
+                axis = max(range(labels.dim()), key=lambda a: labels.shape[a])
+            row = labels.movedim(axis, 0).flatten(1)
+            self.unite(row, row[:, :1])
+            for tagged, tags in block.tags:
+                if tagged == axis:
+                    self.unite(tags, row[:, 0])
+                else:
+                    self.protect(tags, "it is a row of a block whose columns are removed")
+        # Later decisions may have broken earlier ones: again, until nothing changes.
+        before = self._num_units()
+        for block in self.blocks:
+            labels = self.find(block.labels.contiguous())
+            if not any(_constant_but(labels, a) for a in range(labels.dim())):
+                self.unite(labels.flatten(), labels.flatten()[:1])
+        if self._num_units() != before:
+            self.settle()
+
+    def _num_units(self) -> int:
+        return int((self._parent[: self._num] == np.arange(self._num)).sum())
+
+    def _root(self, label: int) -> int:
+        while self._parent[label] != label:
+            self._parent[label] = self._parent[self._parent[label]]
+            label = int(self._parent[label])
+        return label
+
+
+def _constant_but(labels: Tensor, axis: int) -> bool:
+    rows = labels.movedim(axis, 0).flatten(1)
+    return bool((rows == rows[:, :1]).all())

@@ -1,0 +1,172 @@
+"""Which units there are, as plain data, and why the rest must stay."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.errors import CaptureError
+from compress.prune.coupling import Coupling, find_coupling
+from compress.prune.reference import reference_units
+from tests.prune.coupling.networks import NETWORKS, Attention, Dense, Grouped, GroupedQueries, Mixer, Shuffled
+
+VECTORS = torch.randn(2, 5, 3)
+IMAGE = torch.randn(2, 1, 6, 6)
+
+Unit = frozenset[tuple[str, int, int]]
+
+
+def units(coupling: Coupling) -> set[Unit]:
+    return {
+        frozenset((name, dim, int(i)) for (name, dim), indices in group.slots.items() for i in indices[unit])
+        for group in coupling.groups
+        for unit in range(group.width)
+    }
+
+
+def slots(coupling: Coupling, name: str) -> dict[str, int]:
+    """Return the slots of a group and how many indices of each one unit has."""
+    (group,) = [group for group in coupling.groups if group.name == name]
+    return {f"{tensor}@{dim}": indices.shape[1] for (tensor, dim), indices in group.slots.items()}
+
+
+@pytest.mark.parametrize("name", ["residual", "resnet", "conv1d"])
+def test_units_are_those_of_torch_pruning_where_that_works(name: str) -> None:
+    make, x = NETWORKS[name]
+    network = make().eval()  # type: ignore[operator]
+    x = x.float()
+    ours = units(find_coupling(network, (x,)))
+    theirs = reference_units(network, (x,))
+    outputs = {name for name, _ in network.named_parameters()} & {"fc.weight"}
+    assert ours == {unit for unit in theirs if not any(tensor in outputs and dim == 0 for tensor, dim, _ in unit)}
+
+
+def test_whole_heads() -> None:
+    coupling = find_coupling(Attention(), (VECTORS,))
+    assert {group.name: group.width for group in coupling.groups} == {"embed": 12, "qkv": 3, "mlp.1": 20}
+    assert slots(coupling, "qkv") == {"qkv.weight@0": 12, "qkv.bias@0": 12, "proj.weight@1": 4, "bias@0": 1}
+    embed = slots(coupling, "embed")
+    assert embed["position@2"] == embed["scale@0"] == embed["norm.weight@0"] == embed["qkv.weight@1"] == 1
+    head = next(group for group in coupling.groups if group.name == "qkv")
+    for unit in range(3):  # the same head of queries, keys and values
+        rows = head.slots["qkv.weight", 0][unit].tolist()
+        assert rows == [part * 12 + unit * 4 + i for part in range(3) for i in range(4)]
+
+
+def test_query_heads_go_with_their_key_head() -> None:
+    coupling = find_coupling(GroupedQueries(), (VECTORS,))
+    assert slots(coupling, "q")["q.weight@0"] == 6
+    assert slots(coupling, "q")["k.weight@0"] == slots(coupling, "q")["v.weight@0"] == 3
+    assert {group.name: group.width for group in coupling.groups}["q"] == 2
+
+
+def test_equal_numbers_per_shuffle_block() -> None:
+    coupling = find_coupling(Shuffled(), (IMAGE,))
+    for group in coupling.groups:
+        if ("head.weight", 1) in group.slots:
+            for pair in group.slots["head.weight", 1].tolist():
+                assert pair[1] - pair[0] == 1  # one of each block, side by side after the shuffle
+
+
+def test_a_convolution_group_goes_whole() -> None:
+    coupling = find_coupling(Grouped(), (IMAGE,))
+    assert slots(coupling, "a")["a.weight@0"] == 4
+    assert slots(coupling, "a")["b.weight@0"] == 4
+    assert slots(coupling, "a")["up.weight@0"] == 4
+    assert slots(coupling, "up") == {"up.weight@1": 1, "up.bias@0": 1, "head.weight@1": 1}
+
+
+def test_tokens_and_channels_are_two_families() -> None:
+    coupling = find_coupling(Mixer(), (VECTORS,))
+    assert {group.name: group.width for group in coupling.groups} == {"embed": 8, "tokens.0": 7, "channels.0": 10}
+    assert any(group.name == "tokens.2" and group.reason for group in coupling.protected)
+
+
+def test_gates_go_with_what_they_gate() -> None:
+    coupling = find_coupling(Dense(), (IMAGE,))
+    gated = slots(coupling, "c")
+    assert gated["up.weight@0"] == gated["down.weight@1"] == 1
+    assert gated["head.weight@1"] == 9  # the positions of a flattened channel
+    assert slots(coupling, "a") == {"a.weight@0": 1, "a.bias@0": 1, "b.weight@1": 1, "c.weight@1": 1}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_slice_is_in_one_unit_and_most_can_go(name: str) -> None:
+    make, x = NETWORKS[name]
+    network = make().double().eval()  # type: ignore[operator]
+    coupling = find_coupling(network, (x,))
+    seen = [slice_ for unit in units(coupling) for slice_ in unit]
+    assert len(seen) == len(set(seen))
+    assert coupling.unknown == {}
+    assert coupling.prunable_share() > 0.85
+    assert all(group.width > 1 for group in coupling.groups)
+    assert all(group.reason for group in coupling.protected)
+
+
+def test_what_must_stay_says_why() -> None:
+    coupling = find_coupling(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)), (torch.randn(2, 3, 8, 8),)
+    )
+    reasons = {(name, dim): group.reason for group in coupling.protected for name, dim in group.slots}
+    assert "positions of a kernel" in str(reasons["0.weight", 2])
+    assert "no counterpart" in str(reasons["0.weight", 1])  # it reads the network's input
+    assert reasons["2.weight", 0] == "the network's output"
+
+
+def test_planning_works_without_memory_for_the_weights() -> None:
+    with torch.device("meta"):
+        network = nn.Sequential(nn.Linear(1000, 100_000), nn.ReLU(), nn.Linear(100_000, 10))
+        coupling = find_coupling(network, (torch.empty(2, 1000),))
+    assert [(group.name, group.width) for group in coupling.groups] == [("0", 100_000)]
+
+
+class Sorts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = torch.linalg.matrix_exp(x[:, :, None] * x[:, None, :]).sum(2)  # an operator without a rule
+        return self.c(self.b(x).relu())
+
+
+def test_an_operator_without_a_rule_protects_what_it_touches_and_is_named() -> None:
+    coupling = find_coupling(Sorts(), (torch.randn(2, 3),))
+    (operator, line), *rest = coupling.unknown.items()
+    assert not rest
+    assert "matrix_exp" in operator
+    assert line.endswith("# an operator without a rule")
+    assert "test_groups.py" in line
+    assert [group.name for group in coupling.groups] == ["b"]
+    assert any("has no rule" in str(group.reason) for group in coupling.protected)
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:  # depends on data
+            return self.a(x)
+        return x
+
+
+def test_control_flow_that_depends_on_data_is_named_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"expected a network that torch.export can capture, got Branches") as caught:
+        find_coupling(Branches(), (torch.randn(2, 3),))
+    assert "test_groups.py" in str(caught.value)
+    assert "if x.sum() > 0" in str(caught.value)
+    assert "prune its parts one by one" in str(caught.value)
+
+
+def test_the_network_is_left_alone() -> None:
+    network = Attention().train()
+    before = copy.deepcopy(network.state_dict())
+    find_coupling(network, (VECTORS,))
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
