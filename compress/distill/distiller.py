@@ -23,7 +23,7 @@ from compress.distill.schedulers import LearningRateSchedule
 from compress.distill.sources import TeacherSource, make_source
 from compress.distill.tasks import Task
 from compress.errors import RecipeError
-from compress.surgery import Captured, Edit, apply_slices
+from compress.surgery import Edit, apply_slices
 from compress.surgery.editor import progress
 from compress.surgery.slicing import Slices
 
@@ -248,7 +248,7 @@ class Distiller(pl.LightningModule):
         """
         if self.source is not None:
             self.source.edit(self.student, edit, apply)
-        if self._example is None or not self._taps.names or isinstance(self.student, Captured):
+        if self._example is None or not self._taps.names:
             return {}
         inputs = [tensor.to(self.device) for tensor in self._example.inputs]
         named = {name: tensor.to(self.device) for name, tensor in self._example.named.items()}

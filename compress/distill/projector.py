@@ -50,6 +50,11 @@ class Projector(nn.Module):
         self.linear = nn.Linear(in_features, out_features)
         self.dim = dim
 
+    def start_as_identity(self) -> None:
+        """Begin with what changes nothing, where both widths are one."""
+        nn.init.eye_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, C, ...) or (N, L, C) to as many channels as asked for."""
         return self.linear(x.movedim(self.dim, -1)).movedim(-1, self.dim)

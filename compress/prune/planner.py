@@ -120,8 +120,8 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     if data.get("form", "module") == "module":
         return apply_slices(network, data["slices"], data["attributes"])
     if not isinstance(network, Captured):
-        device = next(network.parameters()).device
-        inputs = [_example(shape, dtype, device) for shape, dtype in data["inputs"]]
+        like = next(network.parameters())
+        inputs = [_example(shape, dtype, like) for shape, dtype in data["inputs"]]
         # Not in training mode: a random branch of the user's code, as stochastic depth, would stay in evaluation.
         network = capture(network, inputs, mode="eval")
     _shrink(network.graph_module, data["slices"])
@@ -255,10 +255,8 @@ def _flat(outputs: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _flat(value)] if isinstance(values, Iterable) else []
 
 
-def _example(shape: Sequence[int], dtype: str, device: torch.device) -> Tensor:
+def _example(shape: Sequence[int], dtype: str, like: Tensor) -> Tensor:
     kind = getattr(torch, dtype)
-    return (
-        torch.zeros(shape, dtype=kind, device=device)
-        if not kind.is_floating_point
-        else torch.randn(shape, dtype=kind, device=device)
-    )
+    if not kind.is_floating_point:
+        return torch.zeros(shape, dtype=kind, device=like.device)
+    return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -132,7 +132,7 @@ class FeatureLoss(DistillationLoss):
         schedule: How the weight changes over training.
 
     Attributes:
-        projects: Whether a learned projector brings the student's channels to the teacher's where they differ.
+        projects: Whether a learned projector brings the student's channels to the teacher's.
 
     Raises:
         RecipeError: when no layers are named.
@@ -169,14 +169,15 @@ class FeatureLoss(DistillationLoss):
         return [ours for ours, _ in self.pairs], [theirs for _, theirs in self.pairs]
 
     def build(self, student: View, teacher: View, teacher_network: nn.Module | None) -> None:
-        """Make projectors where channels differ."""
+        """Make projectors: the identity where widths agree, for the student may become narrower in mid-fit."""
         if not self.projects:
             return
         for number, (ours, theirs) in enumerate(self.pairs):
             dim = channel_dim(student.features[ours], teacher.features[theirs])
             have, want = student.features[ours].shape[dim], teacher.features[theirs].shape[dim]
-            if have != want:
-                self.projectors[str(number)] = Projector(have, want, dim=dim)
+            self.projectors[str(number)] = Projector(have, want, dim=dim)
+            if have == want:
+                self.projectors[str(number)].start_as_identity()  # type: ignore[operator]
 
     def shrink(self, kept: Mapping[str, Sequence[int]]) -> Slices:
         """Keep the projectors' inputs that the student keeps."""

@@ -84,7 +84,9 @@ class MovingAverage(OwnTeacher):
     def edit(self, student: nn.Module, edit: Edit, apply: Apply) -> None:
         """Prune along."""
         if self.network is not None and edit.data.get("slices"):
+            steps = self.network.get_buffer("num_averaged")
             self.network = freeze(apply(self.network, edit))
+            self.network.register_buffer("num_averaged", steps)  # a captured graph keeps only what it reads
 
 
 class EarlierSelf(OwnTeacher):
