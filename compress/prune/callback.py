@@ -30,8 +30,9 @@ def replay_prune(network: nn.Module, edit: Edit) -> nn.Module:
 class StructuredPruning(ModelEditor):
     """Remove whole channels during a fit, a few at a time, on any LightningModule.
 
-    Coupled channels are found by Torch-Pruning and ranked by group L2 norm; each removal is physical, an ``Edit`` in
-    the ``History``, and the optimiser's moments are sliced along.
+    What belongs together is read off the exported graph (channels, attention heads, recurrent units) and ranked by
+    group L2 norm; each removal is physical, an ``Edit`` in the ``History``, and the optimiser's moments are sliced
+    along. A network whose code has sizes written in goes on as its captured graph.
 
     Args:
         ratio: Fraction of each layer's channels removed in the end, in [0, 1).

@@ -128,6 +128,7 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "torchvision/vit_b_16": _torchvision("vit_b_16", image_size=64),
     "torchvision/vit_l_16": _torchvision("vit_l_16", image_size=64),
     "torchvision/swin_t": _torchvision("swin_t"),
+    "torchvision/swin_b": _torchvision("swin_b"),
     "torchvision/swin_v2_t": _torchvision("swin_v2_t"),
     "torchvision/maxvit_t": _torchvision("maxvit_t", 224),
     "torchvision/r3d_18": _video("r3d_18"),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -135,25 +136,63 @@ def read_coupling(graph_module: GraphModule) -> Coupling:
     with torch.device("cpu"):  # labels are numbers, also of a network that has none
         labels = walk(graph_module)
         labels.units.settle()
-    members: dict[int, dict[Slot, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for name, dims in labels.tensors.items():
-        for dim, vector in dims.items():
-            for index, root in enumerate(labels.units.find(vector).tolist()):
-                members[root][name, dim].append(index)
-    kinds: dict[tuple[str | None, tuple[tuple[Slot, int], ...]], list[int]] = defaultdict(list)
-    for root, slots in members.items():
-        kinds[labels.units.reason(root), tuple((slot, len(indices)) for slot, indices in slots.items())].append(root)
-    groups: list[Group] = []
-    protected: list[Group] = []
-    for (why, kind), roots in kinds.items():
-        roots.sort(key=lambda root: next(iter(members[root].values())))
-        indices = {slot: torch.tensor([members[root][slot] for root in roots]) for slot, _ in kind}
-        whole = any(each.shape[1] == len(labels.tensors[name][dim]) for (name, dim), each in indices.items())
-        reason = why or ("it is all that a tensor has" if whole and len(roots) == 1 else None)
-        group = Group(_name(indices), indices, reason)
-        (protected if reason else groups).append(group)
+        every = list(_groups(labels))
     shapes = {name: tuple(parameter.shape) for name, parameter in graph_module.named_parameters()}
+    groups, protected = ([group for group in every if bool(group.reason) == stay] for stay in (False, True))
     return Coupling(groups, protected, labels.unknown, labels, graph_module, shapes)
+
+
+def _groups(labels: Labels) -> Iterator[Group]:
+    slots = {(name, d): labels.units.find(each) for name, dims in labels.tensors.items() for d, each in dims.items()}
+    for roots, own in _kinds(slots):
+        # Units of one kind may yet differ in why they must stay.
+        reasons = [labels.units.reason(root) for root in roots.tolist()]
+        for why in dict.fromkeys(reasons):
+            alike = torch.tensor([reason == why for reason in reasons])
+            indices = {slot: each[alike] for slot, each in own.items()}
+            whole = any(each.shape[1] == len(slots[slot]) for slot, each in indices.items())
+            reason = why or ("it is all that a tensor has" if whole and int(alike.sum()) == 1 else None)
+            yield Group(_name(indices), indices, reason)
+
+
+def _kinds(roots: dict[Slot, Tensor]) -> Iterator[tuple[Tensor, dict[Slot, Tensor]]]:
+    """Yield units that have equally many indices in the same slots, in the order of their first index.
+
+    Args:
+        roots: The unit of each index of each slot.
+
+    Yields:
+        The units, shape (units,), and their indices by slot, each of shape (units, indices).
+    """
+    num = max((int(each.max()) for each in roots.values()), default=0) + 1
+    signature = np.zeros(num, dtype=np.uint64)
+    counted: dict[Slot, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+    for number, (slot, each) in enumerate(roots.items()):
+        order = np.argsort(each.numpy(), kind="stable")
+        units, starts, counts = np.unique(each.numpy()[order], return_index=True, return_counts=True)
+        counted[slot] = order, units, starts
+        # A hash of (slot, count), added up over slots.
+        with np.errstate(over="ignore"):
+            salt = np.uint64((number + 1) * 0x9E3779B97F4A7C15 % 2**64)
+            signature[units] += (counts.astype(np.uint64) + salt) ** np.uint64(3) * np.uint64(0xBF58476D1CE4E5B9)
+    seen = (
+        np.unique(np.concatenate([units for _, units, _ in counted.values()])) if counted else np.array([], dtype=int)
+    )
+    _, first, which = np.unique(signature[seen], return_index=True, return_inverse=True)
+    for kind in np.argsort(first):  # labels are given out in the order of the graph
+        members = seen[which == kind]
+        slots: dict[Slot, Tensor] = {}
+        for slot, (order, units, starts) in counted.items():
+            position = np.searchsorted(units, members[0])
+            if position == len(units) or units[position] != members[0]:
+                continue
+            ends = np.append(starts[1:], len(order))
+            if not slots:  # in the order of the first slot
+                members = members[np.argsort(order[starts[np.searchsorted(units, members)]], kind="stable")]
+            place = np.searchsorted(units, members)
+            count = int(ends[place[0]] - starts[place[0]])
+            slots[slot] = torch.from_numpy(order[starts[place][:, None] + np.arange(count)])
+        yield torch.from_numpy(members), slots
 
 
 def _name(slots: dict[Slot, Tensor]) -> str:

@@ -65,17 +65,28 @@ class Units:
     def unite(self, first: Tensor, second: Tensor) -> None:
         """Make units of labels that meet, element by element; what meets ``NONE`` must stay."""
         first, second = torch.broadcast_tensors(first, second)
-        pairs = torch.stack([self.find(first.contiguous()).flatten(), self.find(second.contiguous()).flatten()])
-        pairs = torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1)
-        for a, b in pairs.T.tolist():
-            if a == NONE or b == NONE:
-                self.protect(torch.tensor([max(a, b)]), "it meets values that have no counterpart to remove")
-                continue
-            a, b = self._root(a), self._root(b)
-            if a != b:
-                self._parent[max(a, b)] = min(a, b)
-                if max(a, b) in self._reasons:
-                    self._reasons.setdefault(min(a, b), self._reasons.pop(max(a, b)))
+        a, b = (self.find(labels.contiguous()).numpy().ravel() for labels in (first, second))
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        pairs = np.unique(low[low != high] * self._num + high[low != high])
+        low, high = pairs // self._num, pairs % self._num
+        alone = low == NONE
+        if alone.any():
+            self.protect(torch.from_numpy(high[alone]), "it meets values that have no counterpart to remove")
+            low, high = low[~alone], high[~alone]
+        if len(np.unique(high)) == len(high) and not np.isin(high, low).any():
+            # The common case: as many units as before on one side, each with one of the other.
+            self._parent[high] = low
+            if self._reasons:
+                known = np.fromiter(self._reasons, dtype=np.int64)
+                for position in np.flatnonzero(np.isin(high, known)).tolist():
+                    self._reasons.setdefault(int(low[position]), self._reasons.pop(int(high[position])))
+            return
+        for one, other in zip(low.tolist(), high.tolist()):
+            one, other = sorted((self._root(one), self._root(other)))
+            if one != other:
+                self._parent[other] = one
+                if other in self._reasons:
+                    self._reasons.setdefault(one, self._reasons.pop(other))
 
     def protect(self, labels: Tensor, reason: str) -> None:
         """Say that labels must stay."""

@@ -46,7 +46,16 @@ CASES: dict[str, DistillationLoss] = {
     "CosineEmbedding": distill.CosineEmbedding({"fc": "fc"}),
     "Exits": distill.Exits(["norm"]),
 }
-LEARNS = {"CosineEmbedding", "Hint", "Flow", "Overhaul", "VariationalInformation", "KnowledgeReview", "ContrastiveRepresentation", "Exits"}
+LEARNS = {
+    "CosineEmbedding",
+    "Hint",
+    "Flow",
+    "Overhaul",
+    "VariationalInformation",
+    "KnowledgeReview",
+    "ContrastiveRepresentation",
+    "Exits",
+}
 
 
 def make(losses: list[DistillationLoss], teacher: nn.Module | None, **arguments: Any) -> Distiller:
