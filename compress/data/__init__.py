@@ -1,12 +1,14 @@
 """LightningDataModules whose order and augmentation are functions of seed, epoch and sample."""
 
 from compress.data.arrays import ArrayDataModule, ImageSplit, ImageSplits
+from compress.data.cifar10 import CIFAR10
 from compress.data.digits import Digits
 from compress.data.fashion_mnist import FashionMNIST
 from compress.data.keyed import KeyedDataset, KeyedSampler, keyed_loader, keyed_uniform
 from compress.data.wrapped import KeyedDataModule
 
 __all__ = [
+    "CIFAR10",
     "ArrayDataModule",
     "Digits",
     "FashionMNIST",

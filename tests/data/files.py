@@ -1,10 +1,12 @@
-"""Small files in the form of Fashion-MNIST."""
+"""Small files in the form of Fashion-MNIST and of CIFAR-10."""
 
 from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 
 
@@ -26,3 +28,17 @@ def write_fashion_mnist(folder: Path, *, num_train: int = 60, num_test: int = 20
     for file, array in arrays.items():
         (folder / file).write_bytes(gzip.compress(pack_idx(array.astype(np.uint8))))
     return arrays
+
+
+def write_cifar10(folder: Path, *, num_train: int = 60, num_test: int = 20, image: str = "image") -> dict[str, Any]:
+    """Write both parquet files with random images in PNG and return images and labels, by split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    features = datasets.Features({image: datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    written = {}
+    for name, num in (("train", num_train), ("test", num_test)):
+        images, labels = generator.integers(0, 256, (num, 32, 32, 3)).astype(np.uint8), np.arange(num) % 10
+        rows = {image: list(images), "label": labels.tolist()}
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet")
+        written[name] = (images, labels)
+    return written
