@@ -67,7 +67,7 @@ def test_pruning_reaches_every_convolution(name: str) -> None:
     make, shape = NETWORKS[name]
     model, x = make(), torch.randn(2, *shape)
     before = convolution_widths(model)
-    keep = {group.name: len(group.importance) // 2 for group in find_groups(model, (x,))}
+    keep = {group.name: group.width // 2 for group in find_groups(model, (x,))}
     plan = plan_removal(model, (x,), keep)
     assert plan is not None
     apply_slices(model, plan["slices"], plan["attributes"])

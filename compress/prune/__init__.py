@@ -1,16 +1,24 @@
 """Structured pruning: which channels belong together, which of them matter least, and when they are removed."""
 
+from compress.prune.anatomy import Anatomy, study
 from compress.prune.callback import StructuredPruning, replay_prune
-from compress.prune.planner import Group, apply_removal, find_groups, plan_removal
+from compress.prune.coupling import Group
+from compress.prune.criteria import CRITERIA, score_groups
+from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal
 from compress.prune.schedules import SCHEDULES, num_kept
 
 __all__ = [
+    "CRITERIA",
     "SCHEDULES",
+    "Anatomy",
     "Group",
     "StructuredPruning",
     "apply_removal",
+    "describe_removal",
     "find_groups",
     "num_kept",
     "plan_removal",
     "replay_prune",
+    "score_groups",
+    "study",
 ]

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import EditError, RecipeError
-from compress.prune.planner import apply_removal, find_groups, plan_removal
+from compress.prune.anatomy import study
+from compress.prune.criteria import score_groups
+from compress.prune.planner import apply_removal, describe_removal, least
 from compress.prune.schedules import SCHEDULES, num_kept
 from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
@@ -41,6 +43,7 @@ class StructuredPruning(ModelEditor):
         end: Progress at the last edit.
         num_edits: How many times channels are removed.
         round_to: Widths are rounded to a multiple of it.
+        criterion: What says how much a unit matters.
         ignore: Names of layers whose outputs stay. The network's output layers stay in any case.
         attribute: Name of the LightningModule's attribute that holds the network.
 
@@ -59,6 +62,7 @@ class StructuredPruning(ModelEditor):
         end: float = 0.5,
         num_edits: int = 5,
         round_to: int = 8,
+        criterion: str = "l2",
         ignore: Sequence[str] = (),
         attribute: str = "student",
     ) -> None:
@@ -83,6 +87,7 @@ class StructuredPruning(ModelEditor):
         self.end = end
         self.num_edits = 1 if schedule == "one_shot" else num_edits
         self.round_to = round_to
+        self.criterion = criterion
         self.ignore = tuple(ignore)
         self._done = 0
 
@@ -128,12 +133,12 @@ class StructuredPruning(ModelEditor):
         for edit in history:
             for name, (before, _) in edit.data.get("widths", {}).items():
                 original.setdefault(name, before)
-        groups = find_groups(network, inputs, ignore=self.ignore)
+        anatomy = study(network, inputs, ignore=self.ignore)
         keep = {
-            group.name: num_kept(original.get(group.name, group.width), ratio=ratio, round_to=self.round_to)
-            for group in groups
+            name: num_kept(original.get(name, width), ratio=ratio, round_to=self.round_to)
+            for name, width in anatomy.widths.items()
         }
-        data = plan_removal(network, inputs, keep, ignore=self.ignore)
+        data = describe_removal(anatomy, least(score_groups(anatomy, self.criterion), keep))
         if data is None:
             return None
         edit = Edit(self.kind, data)

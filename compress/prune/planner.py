@@ -1,53 +1,31 @@
-"""Which units of a network can be removed, how much each matters, and the edit that removes the least.
+"""The edit that removes chosen units from a network, and how it is carried out.
 
-What belongs together is read off the exported graph (``compress.prune.coupling``). An edit is carried out on the module
-itself where its code follows its attributes, and on its captured graph where sizes are written into the code; which of
-the two is found by trying both and comparing what they compute.
+An edit is carried out on the module itself where its code follows its attributes, and on its captured graph where sizes
+are written into the code; which of the two is found by trying both and comparing what they compute.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from compress.errors import EditError
+from compress.prune.anatomy import Anatomy, study
 from compress.prune.attributes import attribute_candidates, follow_shapes
-from compress.prune.coupling import Coupling, read_coupling, resize, static_program
-from compress.prune.coupling import Group as Coupled
+from compress.prune.coupling import Group, read_coupling, resize
+from compress.prune.criteria import score_groups
 from compress.surgery import Captured, apply_slices, capture
 from compress.surgery.slicing import Slices
 
-__all__ = ["Group", "apply_removal", "find_groups", "plan_removal"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units that can be removed, each without the others.
-
-    Args:
-        name: The layer whose outputs they are (the first of all that are coupled with it).
-        importance: Shape (units,): group L2 norm over all coupled slices.
-    """
-
-    name: str
-    importance: Tensor
-
-    @property
-    def width(self) -> int:
-        """The number of units."""
-        return len(self.importance)
+__all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal"]
 
 
 def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> list[Group]:
-    r"""Find the groups of removable units and the importance of each unit.
-
-    .. math:: I_u = \operatorname{mean}_{W \in group} \|W_u\|_2^2          Fang et al. 2023, arXiv:2301.12900
+    """Find the groups of removable units.
 
     Args:
         network: Left untouched.
@@ -59,13 +37,16 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterabl
         CaptureError: when the network cannot be exported.
         EditError: when a name to ignore does not exist.
     """
-    coupling = read_coupling(_graph(network, inputs))
-    tensors = dict(network.named_parameters())
-    return [Group(name, _importance(group, tensors)) for name, group in _named(network, coupling, ignore).items()]
+    return list(study(network, inputs, ignore=ignore).groups.values())
 
 
 def plan_removal(
-    network: nn.Module, inputs: Sequence[Tensor], keep: Mapping[str, int], *, ignore: Iterable[str] = ()
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    keep: Mapping[str, int],
+    *,
+    ignore: Iterable[str] = (),
+    criterion: str = "l2",
 ) -> dict[str, Any] | None:
     """Describe the removal of the least important units as data of an edit.
 
@@ -74,38 +55,71 @@ def plan_removal(
         inputs: Example inputs, at least two samples each.
         keep: ``{group name: units to keep}``; groups that are not named, or that are small enough, stay.
         ignore: As in ``find_groups``.
+        criterion: What says how much a unit matters, of those that need weights alone.
+
+    Returns:
+        As ``describe_removal``.
+
+    Raises:
+        CaptureError: when the network cannot be exported.
+        EditError: when what is left does not run.
+    """
+    anatomy = study(network, inputs, ignore=ignore)
+    return describe_removal(anatomy, least(score_groups(anatomy, criterion), keep))
+
+
+def least(scores: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the units with the lowest scores of each group, as many as are more than it keeps.
+
+    Args:
+        scores: Shape (units,) for each group.
+        keep: Units to keep; a group that is not named keeps all.
+
+    Example:
+        >>> least({"a": torch.tensor([3.0, 1.0, 2.0])}, {"a": 1})
+        {'a': tensor([1, 2])}
+    """
+    return {
+        name: torch.argsort(score, stable=True)[: len(score) - keep[name]].sort().values.cpu()
+        for name, score in scores.items()
+        if keep.get(name, len(score)) < len(score)
+    }
+
+
+def describe_removal(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Describe the removal of chosen units as data of an edit.
+
+    Args:
+        anatomy: The network.
+        gone: ``{group name: indices of units}``.
 
     Returns:
         ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs"}``, or
         ``None`` when nothing is to be removed.
 
     Raises:
-        CaptureError: when the network cannot be exported.
         EditError: when what is left does not run.
     """
-    graph = _graph(network, inputs)
-    coupling = read_coupling(graph)
-    tensors = dict(network.named_parameters())
-    gone: dict[tuple[str, int], set[int]] = {}
     widths = {}
-    for name, group in _named(network, coupling, ignore).items():
-        surplus = group.width - keep.get(name, group.width)
-        if surplus > 0:
-            least = torch.argsort(_importance(group, tensors), stable=True)[:surplus].cpu()
+    missing: dict[tuple[str, int], set[int]] = {}
+    for name, units in gone.items():
+        group = anatomy.groups[name]
+        if len(units):
+            widths[name] = [group.width, group.width - len(units)]
             for slot, indices in group.slots.items():
-                gone.setdefault(slot, set()).update(indices[least].flatten().tolist())
-            widths[name] = [group.width, group.width - surplus]
+                missing.setdefault(slot, set()).update(indices[units].flatten().tolist())
     if not widths:
         return None
     slices: dict[str, dict[str, list[int]]] = {}
-    for (name, dim), missing in gone.items():
-        size = len(coupling.labels.tensors[name][dim])
-        slices.setdefault(name, {})[str(dim)] = [i for i in range(size) if i not in missing]
+    for (name, dim), absent in missing.items():
+        size = len(anatomy.coupling.labels.tensors[name][dim])
+        slices.setdefault(name, {})[str(dim)] = [i for i in range(size) if i not in absent]
+    network = anatomy.network
     slices = _with_ties(network, slices)
-    reference = _shrink(copy.deepcopy(graph), slices)
-    described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in inputs]
+    reference = _shrink(copy.deepcopy(anatomy.graph), slices)
+    described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in anatomy.inputs]
     data = {"slices": slices, "widths": widths, "inputs": described}
-    attributes = None if isinstance(network, Captured) else _attributes(network, slices, inputs, reference)
+    attributes = None if isinstance(network, Captured) else _attributes(network, slices, anatomy.inputs, reference)
     if attributes is None:
         return {**data, "attributes": {}, "form": "graph"}
     return {**data, "attributes": attributes, "form": "module"}
@@ -127,45 +141,6 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     _shrink(network.graph_module, data["slices"])
     network.forget_taps()
     return network
-
-
-def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
-    if isinstance(network, Captured):
-        return copy.deepcopy(network.graph_module)
-    training = network.training
-    try:
-        return static_program(network.eval(), inputs).module(check_guards=False)  # type: ignore[return-value]
-    finally:
-        network.train(training)
-
-
-def _named(network: nn.Module, coupling: Coupling, ignore: Iterable[str]) -> dict[str, Coupled]:
-    """Return the groups that may be pruned by names of their own."""
-    names = [name for name, _ in network.named_modules()]
-    ignore = set(ignore)
-    for wanted in sorted(ignore - set(names)):
-        raise EditError(
-            f"prune.ignore: expected names of layers, got {wanted!r}. "
-            f"The layers are: {', '.join(name for name in names if name)}."
-        )
-    found: dict[str, Coupled] = {}
-    for group in coupling.groups:
-        made_by = {name.rpartition(".")[0] for name, dim in group.slots if dim == 0}
-        if any(layer == entry or layer.startswith(f"{entry}.") for layer in made_by for entry in ignore):
-            continue
-        number = sum(name.partition(":")[0] == group.name for name in found)
-        found[f"{group.name}:{number + 1}" if number else group.name] = group
-    return found
-
-
-def _importance(group: Coupled, parameters: Mapping[str, Tensor]) -> Tensor:
-    scores = []
-    for (name, dim), indices in group.slots.items():
-        if name in parameters:
-            weight = parameters[name].detach()
-            squared = weight.float().square().movedim(dim, 0).reshape(weight.shape[dim], -1).sum(1)
-            scores.append(squared[indices.to(squared.device)].sum(1))
-    return torch.stack(scores).mean(0)
 
 
 def _with_ties(network: nn.Module, slices: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, list[int]]]:
