@@ -6,6 +6,7 @@ from compress.prune.coupling import Group
 from compress.prune.criteria import CRITERIA, score_groups
 from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal
 from compress.prune.schedules import SCHEDULES, num_kept
+from compress.prune.sensitivity import divergence, measure_sensitivity
 
 __all__ = [
     "CRITERIA",
@@ -15,7 +16,9 @@ __all__ = [
     "StructuredPruning",
     "apply_removal",
     "describe_removal",
+    "divergence",
     "find_groups",
+    "measure_sensitivity",
     "num_kept",
     "plan_removal",
     "replay_prune",
