@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from compress.quantize import QuantizationAwareTraining
     from compress.recipe import Distill, Export, Recipe, Teacher
     from compress.runtime import CompactModel, load
+    from compress.surgery import History, rebuild
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "Distill",
     "Distiller",
     "Export",
+    "History",
     "QuantizationAwareTraining",
     "Recipe",
     "SoftTarget",
@@ -31,6 +33,7 @@ __all__ = [
     "create_run",
     "load",
     "open_run",
+    "rebuild",
     "run",
 ]
 
@@ -42,6 +45,7 @@ _ROOMS = {
     "compress.quantize": ["QuantizationAwareTraining"],
     "compress.recipe": ["Distill", "Export", "Recipe", "Teacher"],
     "compress.runtime": ["CompactModel", "load"],
+    "compress.surgery": ["History", "rebuild"],
 }
 
 

@@ -19,7 +19,7 @@ from compress.prune.attributes import attribute_candidates, follow_shapes
 from compress.prune.coupling import Group, read_coupling, resize
 from compress.prune.criteria import score_groups
 from compress.surgery import Captured, apply_slices, capture
-from compress.surgery.slicing import Slices
+from compress.surgery.slicing import Slices, check_shapes, shapes_of
 
 __all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal"]
 
@@ -94,8 +94,8 @@ def describe_removal(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> dict[str, 
         gone: ``{group name: indices of units}``.
 
     Returns:
-        ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs"}``, or
-        ``None`` when nothing is to be removed.
+        ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs",
+        "shapes": {tensor: shape before}}``, or ``None`` when nothing is to be removed.
 
     Raises:
         EditError: when what is left does not run.
@@ -118,7 +118,7 @@ def describe_removal(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> dict[str, 
     slices = _with_ties(network, slices)
     reference = _shrink(copy.deepcopy(anatomy.graph), slices)
     described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in anatomy.inputs]
-    data = {"slices": slices, "widths": widths, "inputs": described}
+    data = {"slices": slices, "widths": widths, "inputs": described, "shapes": shapes_of(network, slices)}
     attributes = None if isinstance(network, Captured) else _attributes(network, slices, anatomy.inputs, reference)
     if attributes is None:
         return {**data, "attributes": {}, "form": "graph"}
@@ -130,7 +130,11 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
 
     Returns:
         The same module, or its captured graph where its code has sizes written in.
+
+    Raises:
+        EditError: when this is not the network that the removal was planned for; it is then untouched.
     """
+    check_shapes(network, data.get("shapes"))
     if data.get("form", "module") == "module":
         return apply_slices(network, data["slices"], data["attributes"])
     if not isinstance(network, Captured):

@@ -13,6 +13,7 @@ from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
+from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
 
@@ -92,5 +93,9 @@ class QuantizationAwareTraining(ModelEditor):
     def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if history_of(pl_module).count(self.kind):
             return
-        inputs = describe_inputs(example_inputs(pl_module, batch))
-        self.edit(trainer, pl_module, lambda: Edit(self.kind, {"scheme": self.scheme, "inputs": inputs}))
+        data = {
+            "scheme": self.scheme,
+            "inputs": describe_inputs(example_inputs(pl_module, batch)),
+            "shapes": shapes_of(self.network(pl_module), {}),
+        }
+        self.edit(trainer, pl_module, lambda: Edit(self.kind, data))

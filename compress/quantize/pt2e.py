@@ -13,6 +13,7 @@ from torch.fx import GraphModule, Node
 from compress.errors import CaptureError
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, capture
+from compress.surgery.slicing import check_shapes
 
 __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
 
@@ -85,7 +86,12 @@ def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
 
 
 def replay_quantize(network: nn.Module, edit: Edit) -> nn.Module:
-    """Carry out an edit of kind ``"quantize"``."""
+    """Carry out an edit of kind ``"quantize"``.
+
+    Raises:
+        EditError: when this is not the network that was quantised; it is then untouched.
+    """
+    check_shapes(network, edit.data.get("shapes"))
     device = next(network.parameters()).device
     inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
     return prepare(network, inputs, edit.data["scheme"]).to(device)

@@ -7,6 +7,7 @@ into the ``History``, applied on every rank, and optimisers and DDP are re-linke
 from compress.surgery.capture import Captured, capture
 from compress.surgery.editor import ModelEditor, history_of
 from compress.surgery.history import Edit, History, replay
+from compress.surgery.rebuild import rebuild
 from compress.surgery.resume import RandomStates, ResumePoint
 from compress.surgery.slicing import apply_slices
 from compress.surgery.snapshot import load_snapshot, save_snapshot
@@ -22,6 +23,7 @@ __all__ = [
     "capture",
     "history_of",
     "load_snapshot",
+    "rebuild",
     "replay",
     "save_snapshot",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,6 +14,8 @@ from torch import nn
 from compress.errors import EditError
 
 __all__ = ["Edit", "Handler", "History", "replay"]
+
+_FORMAT, _VERSION = "compress-history", 1
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,55 @@ class History:
 
     @classmethod
     def from_list(cls, edits: Iterable[Mapping[str, Any]]) -> History:
-        """Rebuild what ``to_list`` wrote."""
-        return cls(Edit(edit["kind"], edit["data"]) for edit in edits)
+        """Rebuild what ``to_list`` wrote.
+
+        Raises:
+            EditError: when it is something else.
+        """
+        try:
+            return cls([Edit(str(edit["kind"]), dict(edit["data"])) for edit in edits])
+        except (KeyError, TypeError, ValueError) as error:
+            raise EditError(
+                f'history: expected a list of {{"kind": ..., "data": ...}}, got {type(error).__name__}: {error}. '
+                "Use what History.to_list gave."
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the history as JSON, under a temporary name first.
+
+        Args:
+            path: File to write, e.g. ``history.json``.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({"format": _FORMAT, "version": _VERSION, "edits": self.to_list()}))
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> History:
+        """Read what ``save`` wrote.
+
+        Raises:
+            EditError: when the file is missing, damaged, something else, or written by a later version.
+        """
+        path = Path(path)
+        where = f"{path}: expected a history of edits"
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            got = f"{type(error).__name__}: {error}"
+            raise EditError(f"{where}, got {got}. Use a file that History.save wrote.") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise EditError(f"{where}, got other JSON. Use a file that History.save wrote.")
+        version = content.get("version")
+        if not isinstance(version, int) or not 1 <= version <= _VERSION:
+            raise EditError(f"{where} of version {_VERSION}, got version {version!r}. Update compress to read it.")
+        edits: Any = content.get("edits")
+        try:
+            return cls.from_list(edits)
+        except EditError as error:
+            raise EditError(f"{where}, got a damaged one ({error}).") from error
 
     def __iter__(self) -> Iterator[Edit]:
         return iter(self._edits)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.errors import EditError
 
-__all__ = ["Slices", "apply_slices", "slice_tensor"]
+__all__ = ["Slices", "apply_slices", "check_shapes", "shapes_of", "slice_tensor"]
 
 Slices = Mapping[str, Mapping[str, Sequence[int]]]
 """``{tensor name: {dimension, as a string for JSON: kept indices}}``."""
@@ -34,6 +34,45 @@ def slice_tensor(tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
     for dim, indices in kept.items():
         tensor = tensor.index_select(int(dim), torch.as_tensor(indices, device=tensor.device, dtype=torch.long))
     return tensor.clone()
+
+
+def shapes_of(network: nn.Module, slices: Slices) -> dict[str, list[int]]:
+    """Return what an edit must find: the shapes of all parameters, and of the buffers that it slices.
+
+    Args:
+        network: Before the edit.
+        slices: What the edit keeps.
+
+    Example:
+        >>> shapes_of(nn.Linear(3, 2), {})
+        {'weight': [2, 3], 'bias': [2]}
+    """
+    buffers = {name: buffer for name, buffer in network.named_buffers() if name in slices}
+    return {name: list(tensor.shape) for name, tensor in {**dict(network.named_parameters()), **buffers}.items()}
+
+
+def check_shapes(network: nn.Module, shapes: Mapping[str, Sequence[int]] | None) -> None:
+    """Refuse a network that is not the one an edit was made for.
+
+    Args:
+        network: Left untouched.
+        shapes: From ``shapes_of``; ``None`` in a history that was written without.
+
+    Raises:
+        EditError: naming the first tensor that differs, in the order of the network's parameters.
+    """
+    if shapes is None:
+        return
+    parameters, buffers = dict(network.named_parameters()), dict(network.named_buffers())
+    for name in [*parameters, *(name for name in shapes if name not in parameters)]:
+        tensor = parameters.get(name, buffers.get(name))
+        got = f"shape {tuple(tensor.shape)}" if tensor is not None else "no such tensor"
+        expected = f"shape {tuple(shapes[name])}" if name in shapes else "no such tensor"
+        if got != expected:
+            raise EditError(
+                f"history: expected {name} of {type(network).__name__} to have {expected}, got {got}. "
+                "This is the first difference: build the very network that was edited."
+            )
 
 
 def apply_slices(network: nn.Module, slices: Slices, attributes: Mapping[str, Mapping[str, Any]]) -> nn.Module:

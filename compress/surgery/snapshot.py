@@ -16,10 +16,10 @@ __all__ = ["load_snapshot", "save_snapshot"]
 
 
 def save_snapshot(path: str | Path, network: nn.Module, history: History) -> None:
-    """Write a network's history and weights, under a temporary name first.
+    """Write a network's history and weights, under a temporary name first, and its history again as JSON beside it.
 
     Args:
-        path: File to write.
+        path: File to write; the history of an edited network goes to ``<name>.history.json``, for ``rebuild``.
         network: Its ``state_dict`` is saved.
         history: The edits that led from the original class to this structure.
     """
@@ -28,6 +28,8 @@ def save_snapshot(path: str | Path, network: nn.Module, history: History) -> Non
     temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
     torch.save({"history": history.to_list(), "state_dict": state}, temporary)
+    if len(history):
+        history.save(path.with_suffix(".history.json"))
     os.replace(temporary, path)
 
 

@@ -100,7 +100,9 @@ def test_history_and_conversion(fitted: tuple[Distiller, Watch, QuantizationAwar
     module, _, qat = fitted
     (edit,) = history_of(module)
     assert edit.kind == "quantize"
-    assert edit.data == {"scheme": "int8", "inputs": [{"shape": [2, 1, 8, 8], "dtype": "float32"}]}
+    assert edit.data["scheme"] == "int8"
+    assert edit.data["inputs"] == [{"shape": [2, 1, 8, 8], "dtype": "float32"}]
+    assert edit.data["shapes"] == {name: list(p.shape) for name, p in Residual().named_parameters()}
     assert {t.dtype for t in qat.converted.state_dict().values() if t.dim() > 1} == {torch.int8}
     x, _ = next(iter(loader(seed=1, shuffle=False)))
     agree = qat.converted(x).argmax(1) == module.eval()(x).argmax(1)

@@ -31,6 +31,7 @@ def test_a_pruned_and_quantised_network_comes_back(tmp_path: Path) -> None:
     assert again == history
     assert torch.equal(restored.eval()(x), prepared.eval()(x))
     assert not list(tmp_path.glob("*.tmp"))
+    assert History.load(tmp_path / "net.history.json") == history
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
