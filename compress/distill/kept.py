@@ -32,7 +32,7 @@ def kept_channels(
 
     Args:
         network: Before the edit; it is left alone.
-        edit: Has slices of the network's parameters.
+        edit: Has slices of the network's parameters, and may leave out blocks.
         apply: Carries out the edit.
         observe: Runs a network in float64 and returns its activations.
 
@@ -53,6 +53,10 @@ def kept_channels(
                 if parameter.dim() > 1:
                     gone = [i for i in range(parameter.shape[int(dim)]) if i not in set(kept)]
                     parameter.index_fill_(int(dim), torch.tensor(gone, device=parameter.device, dtype=torch.long), 0.0)
+        if edit.data.get("blocks"):
+            # Leaving out a block changes all values behind it, and no channel of what is left: it goes first.
+            twin = apply(twin, Edit(edit.kind, {**edit.data, "slices": {}, "attributes": {}}))
+            edit = Edit(edit.kind, {**edit.data, "blocks": [], "shapes": None})
         before = observe(twin).features
         after = observe(apply(twin, edit)).features
     result = {}

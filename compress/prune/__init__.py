@@ -1,9 +1,11 @@
 """Structured pruning: which channels belong together, which of them matter least, and when they are removed."""
 
 from compress.prune.anatomy import Anatomy, study
+from compress.prune.blocks import Block, find_blocks
 from compress.prune.callback import StructuredPruning, replay_prune
 from compress.prune.coupling import Group
 from compress.prune.criteria import CRITERIA, score_groups
+from compress.prune.influence import block_influence
 from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal
 from compress.prune.schedules import SCHEDULES, num_kept
 from compress.prune.sensitivity import divergence, measure_sensitivity
@@ -12,11 +14,14 @@ __all__ = [
     "CRITERIA",
     "SCHEDULES",
     "Anatomy",
+    "Block",
     "Group",
     "StructuredPruning",
     "apply_removal",
+    "block_influence",
     "describe_removal",
     "divergence",
+    "find_blocks",
     "find_groups",
     "measure_sensitivity",
     "num_kept",

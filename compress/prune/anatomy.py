@@ -29,6 +29,7 @@ class Anatomy:
         graph: The network as an exported graph, with the same parameter names.
         coupling: What belongs together in it.
         groups: Groups of units that may be removed, by names of their own: the first layer whose outputs they are.
+        ignore: Names of layers that are to stay.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class Anatomy:
     graph: GraphModule
     coupling: Coupling
     groups: dict[str, Group]
+    ignore: frozenset[str] = frozenset()
 
     @property
     def widths(self) -> dict[str, int]:
@@ -61,11 +63,12 @@ def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str]
         >>> study(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.ones(2, 3)]).widths
         {'0': 4}
     """
+    ignore = frozenset(ignore)
     graph = _graph(network, inputs)
     coupling = read_coupling(graph)
     for operator, line in coupling.unknown.items():
         log.warning("prune: %s has no rule, so what it touches stays (%s)", operator, line)
-    return Anatomy(network, tuple(inputs), graph, coupling, _named(network, coupling, ignore))
+    return Anatomy(network, tuple(inputs), graph, coupling, _named(network, coupling, ignore), ignore)
 
 
 def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
@@ -78,9 +81,8 @@ def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
         network.train(training)
 
 
-def _named(network: nn.Module, coupling: Coupling, ignore: Iterable[str]) -> dict[str, Group]:
+def _named(network: nn.Module, coupling: Coupling, ignore: frozenset[str]) -> dict[str, Group]:
     names = [name for name, _ in network.named_modules()]
-    ignore = set(ignore)
     for wanted in sorted(ignore - set(names)):
         raise EditError(
             f"prune.ignore: expected names of layers, got {wanted!r}. "

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 
 from compress.prune.anatomy import Anatomy, study
 from compress.prune.attributes import attribute_candidates, follow_shapes
+from compress.prune.blocks import check_blocks, find_blocks, remove_blocks, skip_blocks
 from compress.prune.coupling import Group, read_coupling, resize
 from compress.prune.criteria import score_groups
 from compress.surgery import Captured, apply_slices, capture
@@ -86,29 +87,38 @@ def least(scores: Mapping[str, Tensor], keep: Mapping[str, int]) -> dict[str, Te
     }
 
 
-def describe_removal(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Describe the removal of chosen units as data of an edit.
+def describe_removal(
+    anatomy: Anatomy, gone: Mapping[str, Tensor], *, blocks: Sequence[str] = ()
+) -> dict[str, Any] | None:
+    """Describe the removal of chosen units and blocks as data of an edit.
 
     Args:
         anatomy: The network.
         gone: ``{group name: indices of units}``.
+        blocks: Names among ``find_blocks``.
 
     Returns:
         ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs",
-        "shapes": {tensor: shape before}}``, or ``None`` when nothing is to be removed.
+        "shapes": {tensor: shape before}}``, with ``"blocks"`` where some go; ``None`` when nothing is to be removed.
 
     Raises:
-        EditError: when what is left does not run.
+        EditError: when a block is none that may be removed, or what is left does not run.
     """
+    reference = copy.deepcopy(anatomy.graph)
+    if blocks:
+        check_blocks(blocks, find_blocks(anatomy))
+        remove_blocks(reference, blocks)
+    present = _tensors(reference)
     widths = {}
     missing: dict[tuple[str, int], set[int]] = {}
     for name, units in gone.items():
         group = anatomy.groups[name]
-        if len(units):
+        slots = {slot: indices for slot, indices in group.slots.items() if slot[0] in present}
+        if len(units) and slots:
             widths[name] = [group.width, group.width - len(units)]
-            for slot, indices in group.slots.items():
+            for slot, indices in slots.items():
                 missing.setdefault(slot, set()).update(indices[units].flatten().tolist())
-    if not widths:
+    if not widths and not blocks:
         return None
     slices: dict[str, dict[str, list[int]]] = {}
     for (name, dim), absent in missing.items():
@@ -116,10 +126,17 @@ def describe_removal(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> dict[str, 
         slices.setdefault(name, {})[str(dim)] = [i for i in range(size) if i not in absent]
     network = anatomy.network
     slices = _with_ties(network, slices)
-    reference = _shrink(copy.deepcopy(anatomy.graph), slices)
+    reference = _shrink(reference, slices)
     described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in anatomy.inputs]
-    data = {"slices": slices, "widths": widths, "inputs": described, "shapes": shapes_of(network, slices)}
-    attributes = None if isinstance(network, Captured) else _attributes(network, slices, anatomy.inputs, reference)
+    shapes = shapes_of(network, slices)
+    data: dict[str, Any] = {"slices": slices, "widths": widths, "inputs": described, "shapes": shapes}
+    if blocks:
+        data["blocks"] = list(blocks)
+    if isinstance(network, Captured):
+        attributes = None
+    else:
+        lost = _tensors(anatomy.graph) - present
+        attributes = _attributes(network, slices, blocks, anatomy.inputs, reference, lost)
     if attributes is None:
         return {**data, "attributes": {}, "form": "graph"}
     return {**data, "attributes": attributes, "form": "module"}
@@ -135,13 +152,16 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
         EditError: when this is not the network that the removal was planned for; it is then untouched.
     """
     check_shapes(network, data.get("shapes"))
+    blocks = data.get("blocks", ())
     if data.get("form", "module") == "module":
-        return apply_slices(network, data["slices"], data["attributes"])
+        return apply_slices(skip_blocks(network, blocks), data["slices"], data["attributes"])
     if not isinstance(network, Captured):
         like = next(network.parameters())
         inputs = [_example(shape, dtype, like) for shape, dtype in data["inputs"]]
         # Not in training mode: a random branch of the user's code, as stochastic depth, would stay in evaluation.
         network = capture(network, inputs, mode="eval")
+    if blocks:
+        remove_blocks(network.graph_module, blocks)
     _shrink(network.graph_module, data["slices"])
     network.forget_taps()
     return network
@@ -156,6 +176,8 @@ def _with_ties(network: nn.Module, slices: dict[str, dict[str, list[int]]]) -> d
 
 def _shrink(graph: GraphModule, slices: Slices) -> GraphModule:
     """Remove slices from a graph's parameters and write the new sizes into it."""
+    if not slices:
+        return graph
     labels = read_coupling(graph).labels
     removed = []
     for name, dims in slices.items():
@@ -169,13 +191,25 @@ def _shrink(graph: GraphModule, slices: Slices) -> GraphModule:
     return graph
 
 
+def _tensors(network: nn.Module) -> set[str]:
+    tensors = [*network.named_parameters(remove_duplicate=False), *network.named_buffers(remove_duplicate=False)]
+    return {name for name, _ in tensors}
+
+
 def _attributes(
-    network: nn.Module, slices: Slices, inputs: Sequence[Tensor], reference: GraphModule
+    network: nn.Module,
+    slices: Slices,
+    blocks: Sequence[str],
+    inputs: Sequence[Tensor],
+    reference: GraphModule,
+    lost: set[str],
 ) -> dict[str, dict[str, Any]] | None:
     """Return the attributes with which the module computes what the shrunk graph does, or none where no such are."""
     with torch.no_grad():
         expected = _flat(reference(*inputs))
-    plain = copy.deepcopy(network).eval()
+    plain = skip_blocks(copy.deepcopy(network).eval(), blocks)
+    if lost & _tensors(plain):
+        return None  # they would stay without a use, which DDP refuses
     for guesses in ({}, attribute_candidates(network, _changed_sizes(network, slices))):
         twin = apply_slices(copy.deepcopy(plain), slices, {})
         attributes = {**follow_shapes(twin)}

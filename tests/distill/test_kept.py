@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from compress.distill.features import FeatureTaps
 from compress.distill.kept import kept_channels, observer
 from compress.models import ConvNet1d, ResNet
-from compress.prune import find_groups, plan_removal, replay_prune
+from compress.prune import describe_removal, find_groups, plan_removal, replay_prune, study
 from compress.surgery import Edit
 from tests.networks import Residual, images
 
@@ -48,6 +48,19 @@ def test_blocks_and_one_dimensional_networks() -> None:
         shapes = {name: tensor.shape[1] for name, tensor in taps(pruned, x).features.items()}
         assert {name: len(kept[name]) for name in layers} == shapes
         assert all(sorted(set(indices)) == indices for indices in kept.values())
+
+
+def test_channels_are_followed_past_a_block_that_is_left_out() -> None:
+    torch.manual_seed(0)
+    network, x = ResNet(in_channels=1, width=8, blocks=(2, 2)), images(2)[0]
+    anatomy = study(network, (x,))
+    gone = {name: torch.tensor([1, 3]) for name in anatomy.groups}
+    data = describe_removal(anatomy, gone, blocks=["stages.0.1"])
+    assert data is not None
+    taps = FeatureTaps(["stages.0", "stages.1.1.bn1"])
+    kept = kept_channels(network, Edit("prune", data), replay_prune, observer(taps, (x,), {}))
+    assert kept["stages.0"] == [0, 2, 4, 5, 6, 7]
+    assert kept["stages.1.1.bn1"] == [0, 2, *range(4, 16)]
 
 
 def test_the_network_is_left_alone() -> None:

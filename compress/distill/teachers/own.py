@@ -83,7 +83,7 @@ class MovingAverage(OwnTeacher):
 
     def edit(self, student: nn.Module, edit: Edit, apply: Apply) -> None:
         """Prune along."""
-        if self.network is not None and edit.data.get("slices"):
+        if self.network is not None and (edit.data.get("slices") or edit.data.get("blocks")):
             steps = self.network.get_buffer("num_averaged")
             self.network = freeze(apply(self.network, edit))
             self.network.register_buffer("num_averaged", steps)  # a captured graph keeps only what it reads
