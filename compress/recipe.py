@@ -151,10 +151,10 @@ class Recipe:
 
 def _mistakes(recipe: Recipe) -> Iterable[str]:
     """Yield everything that is wrong between the keys, so that the user mends it in one go."""
-    if recipe.prune is not None and recipe.quantize is not None and recipe.quantize.start <= recipe.prune.end:
+    if recipe.prune is not None and recipe.quantize is not None and recipe.quantize.start <= recipe.prune.last_edit:
         yield (
-            f"quantize.start: expected a value after prune.end ({recipe.prune.end}), got {recipe.quantize.start}. "
-            "Quantised networks are not pruned: prune first, recover, then quantise."
+            f"quantize.start: expected a value after prune.end ({recipe.prune.last_edit}), got "
+            f"{recipe.quantize.start}. Quantised networks are not pruned: prune first, recover, then quantise."
         )
     if recipe.trainer.get("max_epochs") is None and recipe.trainer.get("max_steps", -1) in (-1, None):
         yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."

@@ -1,5 +1,6 @@
 """Structured pruning: which channels belong together, which of them matter least, and when they are removed."""
 
+from compress.prune.allocation import ALLOCATIONS, Target
 from compress.prune.anatomy import Anatomy, study
 from compress.prune.blocks import Block, find_blocks
 from compress.prune.callback import StructuredPruning, replay_prune
@@ -7,16 +8,20 @@ from compress.prune.coupling import Group
 from compress.prune.criteria import CRITERIA, score_groups
 from compress.prune.influence import block_influence
 from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal
+from compress.prune.removal import Removal
 from compress.prune.schedules import SCHEDULES, num_kept
 from compress.prune.sensitivity import divergence, measure_sensitivity
 
 __all__ = [
+    "ALLOCATIONS",
     "CRITERIA",
     "SCHEDULES",
     "Anatomy",
     "Block",
     "Group",
+    "Removal",
     "StructuredPruning",
+    "Target",
     "apply_removal",
     "block_influence",
     "describe_removal",

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from compress.errors import EditError, RecipeError
-from compress.prune.anatomy import study
-from compress.prune.criteria import score_groups
-from compress.prune.planner import apply_removal, describe_removal, least
-from compress.prune.schedules import SCHEDULES, num_kept
-from compress.surgery import Edit, History, ModelEditor, history_of
+from compress.prune.allocation import ALLOCATIONS, Target
+from compress.prune.anatomy import Anatomy, study
+from compress.prune.choice import Wishes, choose_blocks, choose_units, describe
+from compress.prune.criteria import CRITERIA
+from compress.prune.observations import Witness
+from compress.prune.planner import apply_removal
+from compress.prune.recalibrate import recalibrate
+from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
+from compress.prune.schedules import Timetable, timetable
+from compress.surgery import Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
 
 __all__ = ["StructuredPruning", "replay_prune"]
@@ -30,20 +35,27 @@ def replay_prune(network: nn.Module, edit: Edit) -> nn.Module:
 
 
 class StructuredPruning(ModelEditor):
-    """Remove whole channels during a fit, a few at a time, on any LightningModule.
+    """Remove channels, heads, recurrent units and whole blocks during a fit, on any LightningModule.
 
-    What belongs together is read off the exported graph (channels, attention heads, recurrent units) and ranked by
-    group L2 norm; each removal is physical, an ``Edit`` in the ``History``, and the optimiser's moments are sliced
-    along. A network whose code has sizes written in goes on as its captured graph.
+    What belongs together is read off the exported graph; each removal is physical, an ``Edit`` in the ``History``, and
+    the optimiser's moments are sliced along. A network whose code has sizes written in goes on as its captured graph.
 
     Args:
-        ratio: Fraction of each layer's channels removed in the end, in [0, 1).
-        schedule: How the removals spread over the edits: ``cubic``, ``linear`` or ``one_shot``.
+        ratio: Fraction of the units removed in the end, in [0, 1); without a target.
+        target: What the network may cost in the end, instead of a ratio: ``latency_ms``, ``macs``, ``params`` or
+            ``bytes``; up to 1 a fraction of what it costs now.
+        allocation: How removal spreads over layers: ``uniform``, ``global`` or ``sensitivity``.
+        criterion: What says how much a unit matters, one of ``CRITERIA``.
+        depth: Fraction of the residual blocks or transformer layers removed in the end, those that change least.
+        heads: ``whole`` removes attention heads; ``width`` narrows all heads alike.
+        schedule: How removal spreads over the edits: ``cubic``, ``linear``, ``cosine``, ``one_shot``, or points
+            ``[progress, fraction]``.
         start: Progress of the fit at the first edit, in [0, 1).
-        end: Progress at the last edit.
-        num_edits: How many times channels are removed.
+        end: Progress at the last edit; the rest is recovery.
+        num_edits: How many times units are removed, or how often: ``"200 steps"``, ``"2 epochs"``.
         round_to: Widths are rounded to a multiple of it.
-        criterion: What says how much a unit matters.
+        min_width: Least units of a layer that stay.
+        removal: How units go: at once or masked first, pushed towards zero before, statistics put right after.
         ignore: Names of layers whose outputs stay. The network's output layers stay in any case.
         attribute: Name of the LightningModule's attribute that holds the network.
 
@@ -57,110 +69,190 @@ class StructuredPruning(ModelEditor):
         self,
         ratio: float = 0.5,
         *,
-        schedule: str = "cubic",
+        target: Target | None = None,
+        allocation: str = "uniform",
+        criterion: str = "l2",
+        depth: float = 0.0,
+        heads: str = "whole",
+        schedule: str | list[list[float]] = "cubic",
         start: float = 0.1,
         end: float = 0.5,
-        num_edits: int = 5,
+        num_edits: int | str = 5,
         round_to: int = 8,
-        criterion: str = "l2",
+        min_width: int = 1,
+        removal: Removal | None = None,
         ignore: Sequence[str] = (),
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
-        if not 0 <= ratio < 1:
-            raise RecipeError(
-                f"prune.ratio: expected a value in [0, 1), got {ratio}. Use 0.5 to remove half of the channels."
-            )
-        if schedule not in SCHEDULES:
-            raise RecipeError(f"prune.schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}. Choose one.")
-        if not 0 <= start <= end < 1:
-            raise RecipeError(
-                f"prune.start, prune.end: expected 0 <= start <= end < 1, got {start} and {end}. "
-                "Leave time after the end for recovery."
-            )
-        for name, value in [("num_edits", num_edits), ("round_to", round_to)]:
-            if value < 1:
-                raise RecipeError(f"prune.{name}: expected at least 1, got {value}. Use 1 or more.")
-        self.ratio = ratio
+        for key, value in [("ratio", ratio), ("depth", depth)]:
+            if not 0 <= value < 1:
+                raise RecipeError(
+                    f"prune.{key}: expected a value in [0, 1), got {value}. Use 0.5 to remove half of them."
+                )
+        tables: dict[str, tuple[str, Collection[str]]] = {
+            "allocation": (allocation, ALLOCATIONS),
+            "criterion": (criterion, CRITERIA),
+        }
+        for key, (name, table) in tables.items():
+            if name not in table:
+                raise RecipeError(f"prune.{key}: expected one of {', '.join(table)}, got {name!r}. Choose one.")
+        for key, number in [("round_to", round_to), ("min_width", min_width)]:
+            if number < 1:
+                raise RecipeError(f"prune.{key}: expected at least 1, got {number}. Use 1 or more.")
+        timetable(schedule, start=start, end=end, num_edits=num_edits)
+        self.wishes = Wishes(ratio, target, allocation, criterion, depth, round_to, min_width)
+        self.heads = heads
         self.schedule = schedule
         self.start = start
         self.end = end
-        self.num_edits = 1 if schedule == "one_shot" else num_edits
-        self.round_to = round_to
-        self.criterion = criterion
+        self.num_edits = num_edits
+        self.removal = removal or Removal()
         self.ignore = tuple(ignore)
         self._done = 0
+        self._witness = Witness(
+            criterion, inputs=depth > 0 or allocation == "sensitivity", least=self.removal.recalibrate
+        )
+        self._pending: Edit | None = None
+        self._doomed: Doomed = []
+        self._timetable: Timetable | None = None
+
+    @property
+    def last_edit(self) -> float:
+        """Progress of the fit at which the last units go."""
+        return self.end if isinstance(self.schedule, str) else float(self.schedule[-1][0])
 
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
         """Remove what the edit does not keep."""
         return replay_prune(network, edit)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return how many edits of the schedule are behind."""
-        return {"done": self._done}
+        """Return what a resumed fit needs to remove the same units at the same steps."""
+        pending = dict(self._pending.data) if self._pending else None
+        return {"done": self._done, "pending": pending, "witness": self._witness.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
         self._done = state_dict["done"]
+        self._pending = Edit(self.kind, state_dict["pending"]) if state_dict["pending"] else None
+        self._witness.load_state_dict(state_dict["witness"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take up again what a checkpoint left pending."""
+        self._timetable = None
+        self._witness.to(pl_module.device)
+        self._mark(pl_module, self._pending)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remove channels when an edit is due and no gradients are under accumulation."""
-        if self._done == self.num_edits or self.ratio == 0 or batch_idx % trainer.accumulate_grad_batches:
+        """Remove units when an edit is due and no gradients are under accumulation."""
+        table = self._table(trainer)
+        if self._done == len(table) or batch_idx % trainer.accumulate_grad_batches:
             return
-        due = self._num_due(progress(trainer))
-        if due == self._done:
+        self._witness.note_batch(batch)
+        # The tolerance keeps an edit at, say, 0.3 from slipping a step by rounding.
+        now = progress(trainer) + 1e-9
+        due = sum(now >= when for when, _ in table)
+        if due > self._done:
+            self._remove(trainer, pl_module, batch, due)
+        elif self.removal.penalty and self._pending is None and now >= table[self._done][0] - self.removal.lead:
+            self._mark(pl_module, self._plan(trainer, pl_module, batch, table[self._done][1]))
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take note of gradients, and push doomed units towards zero."""
+        table = self._table(trainer)
+        if self._done == len(table):
             return
-        ratio = self.ratio * SCHEDULES[self.schedule](due / self.num_edits)
-        inputs = example_inputs(pl_module, batch)
-        self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs, ratio, history_of(pl_module)))
+        self._witness.note_gradients(self.network(pl_module))
+        if self.removal.penalty and self._doomed:
+            left = (table[self._done][0] - progress(trainer)) / self.removal.lead
+            push(self._doomed, self.removal.penalty, self.removal.strength * min(1.0, max(0.0, 1 - left)))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Hold masked units at zero."""
+        if self.removal.form == "soft":
+            silence(self._doomed)
+
+    def _table(self, trainer: pl.Trainer) -> Timetable:
+        if self._timetable is None:
+            self._timetable = timetable(
+                self.schedule,
+                start=self.start,
+                end=self.end,
+                num_edits=self.num_edits,
+                steps=float(trainer.estimated_stepping_batches),
+                epochs=math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 1),
+            )
+            if self.wishes.nothing:
+                self._timetable = []
+        return self._timetable
+
+    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, due: int) -> None:
+        """Carry out the edits that are due as one."""
+        table = self._table(trainer)
+        last = due == len(table)
+        planned = self._pending if self.removal.penalty else None
+        if planned is None:
+            planned = self._plan(trainer, pl_module, batch, table[due - 1][1])
+        if self.removal.form == "soft" and not last:
+            self._mark(pl_module, planned)
+            silence(self._doomed)
+        else:
+            self._mark(pl_module, None)
+            if planned is not None:
+                self.edit(trainer, pl_module, lambda: planned)
+            self._recalibrate(trainer, pl_module)
+        self._witness.forget(everything=last)
         self._done = due
-        if due == self.num_edits and not history_of(pl_module).count(self.kind):
+        if last and not history_of(pl_module).count(self.kind):
+            wish = f"at ratio {self.wishes.ratio}" if self.wishes.target is None else f"for {self.wishes.target}"
             raise EditError(
-                f"prune: expected something to remove at ratio {self.ratio}, got nothing: no group of channels in "
-                f"{type(self.network(pl_module)).__name__} is wider than {self.round_to} and unprotected. "
+                f"prune: expected something to remove {wish}, got nothing: no group of channels in "
+                f"{type(self.network(pl_module)).__name__} is wider than {self.wishes.round_to} and unprotected. "
                 "Lower prune.round_to, shorten prune.ignore, or leave prune out."
             )
 
-    def _num_due(self, now: float) -> int:
-        gap = (self.end - self.start) / max(1, self.num_edits - 1)
-        # The tolerance keeps an edit at, say, 0.3 from slipping a step by rounding.
-        return sum(now >= self.start + index * gap - 1e-9 for index in range(self.num_edits))
+    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, fraction: float) -> Edit | None:
+        """Remove the blocks that are due, and plan which units are to go; the same on every rank."""
+        inputs, past = example_inputs(pl_module, batch), history_of(pl_module)
+        if self.wishes.depth:
+            seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
+            self.edit(trainer, pl_module, lambda: self._made(choose_blocks(seen, self.wishes, fraction, past)))
+        seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
+        planned = choose_units(seen, self.wishes, fraction, past) if trainer.is_global_zero else None
+        planned, curves = trainer.strategy.broadcast((planned, seen.curves), src=0)
+        self._witness.keep_curves(curves)
+        return self._made(planned)
 
-    def _plan(self, network: nn.Module, inputs: Sequence[Tensor], ratio: float, history: History) -> Edit | None:
-        original: dict[str, int] = {}
-        for edit in history:
-            for name, (before, _) in edit.data.get("widths", {}).items():
-                original.setdefault(name, before)
-        anatomy = study(network, inputs, ignore=self.ignore)
-        keep = {
-            name: num_kept(original.get(name, width), ratio=ratio, round_to=self.round_to)
-            for name, width in anatomy.widths.items()
-        }
-        data = describe_removal(anatomy, least(score_groups(anatomy, self.criterion), keep))
+    def _made(self, data: dict[str, Any] | None) -> Edit | None:
         if data is None:
             return None
-        edit = Edit(self.kind, data)
-        _check_shapes(network, edit, inputs)
-        log.info("pruned: %s", ", ".join(f"{name} {old}->{new}" for name, (old, new) in data["widths"].items()))
-        return edit
+        log.info("prune: %s", describe(data))
+        return Edit(self.kind, data)
+
+    def _recalibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        network = self.network(pl_module)
+        if self.removal.recalibrate:
+            recalibrate(network, self._witness.recent[-self.removal.recalibrate :])
+            # Each rank has seen batches of its own.
+            for name, buffer in network.named_buffers():
+                if name.endswith(("running_mean", "running_var")):
+                    buffer.copy_(_mean(trainer)(buffer))
+
+    def _study(self, pl_module: pl.LightningModule, inputs: Sequence[Tensor]) -> Anatomy:
+        return study(self.network(pl_module), inputs, ignore=self.ignore)
+
+    def _mark(self, pl_module: pl.LightningModule, planned: Edit | None) -> None:
+        """Keep what is planned, and where its units lie."""
+        self._pending = planned
+        self._doomed = doomed_slices(self.network(pl_module), planned.data["slices"]) if planned else []
 
 
-def _check_shapes(network: nn.Module, edit: Edit, inputs: Sequence[Tensor]) -> None:
-    """Run the edit on a copy before it is applied anywhere."""
-    twin = copy.deepcopy(network).eval()
-    with torch.no_grad():
-        before = twin(*inputs)
-        try:
-            after = replay_prune(twin, edit)(*inputs)
-        except Exception as error:  # a size written into the network's code; any kind of exception
-            raise EditError(
-                f"prune: expected {type(network).__name__} to run with {', '.join(edit.data['widths'])} narrower, got "
-                f"{type(error).__name__}: {error}. Name the layers to leave alone in prune.ignore."
-            ) from error
-    if isinstance(before, Tensor) and before.shape != after.shape:
-        raise EditError(
-            f"prune: expected outputs of shape {tuple(before.shape)}, got {tuple(after.shape)}. "
-            "Name the output layers in prune.ignore."
-        )
+def _mean(trainer: pl.Trainer) -> Callable[[Tensor], Tensor]:
+    """Return what averages a tensor over ranks."""
+    return lambda tensor: trainer.strategy.reduce(tensor, reduce_op="mean")

@@ -9,23 +9,25 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from compress.errors import EditError, RecipeError
-from compress.prune import StructuredPruning
-from compress.surgery import history_of
+from compress.models import BasicBlock
+from compress.prune import CRITERIA, Removal, StructuredPruning, Target
+from compress.surgery import Edit, history_of
 from tests.networks import Residual, loader
 
 
 class Foreign(pl.LightningModule):
     """A user's own module that knows nothing of us."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, optimizer: Any = torch.optim.AdamW, lr: float = 1e-2) -> None:
         super().__init__()
         self.backbone = network
+        self._optimizer, self._lr = optimizer, lr
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.backbone(batch[0]), batch[1])
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = self._optimizer(self.parameters(), lr=self._lr)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)]
 
 
@@ -99,12 +101,135 @@ def test_wrong_attribute_lists_the_right_ones() -> None:
         fit(Foreign(Residual()), StructuredPruning(attribute="modle"))
 
 
+@pytest.mark.parametrize("criterion", [name for name in CRITERIA if CRITERIA[name].needs != "weights"])
+def test_criteria_see_what_the_fit_has_seen(criterion: str) -> None:
+    torch.manual_seed(0)
+    module, watch = Foreign(Residual()), Watch()
+    fit(module, pruning(criterion=criterion), watch)
+    assert sorted(set(watch.widths), reverse=True) == [32, 28, 20, 16]
+    assert watch.stuck == []
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "global", "sensitivity"])
+def test_a_target_is_approached_in_steps_and_met(allocation: str) -> None:
+    torch.manual_seed(0)
+    network = Residual()
+    num = sum(p.numel() for p in network.parameters())
+    module = Foreign(network)
+    target = Target(params=0.4)
+    fit(module, pruning(target=target, allocation=allocation, round_to=2))
+    figures = [edit.data["target"] for edit in history_of(module)]
+    left = sum(p.numel() for p in module.backbone.parameters())
+    assert [entry["metric"] for entry in figures] == ["params"] * 3
+    assert figures[-1]["wanted"] == pytest.approx(0.4 * num)
+    assert figures[-1]["reached"] == left <= 0.4 * num
+    assert left > 0.3 * num
+    assert figures[0]["wanted"] > figures[1]["wanted"] > figures[2]["wanted"]
+
+
+def test_a_target_out_of_reach_says_what_can_be_reached() -> None:
+    with pytest.raises(EditError, match=r"prune\.target\.params"):
+        fit(Foreign(Residual()), pruning(target=Target(params=0.001), min_width=8))
+
+
+class Zeros(Callback):
+    """Counts channels of a layer that are zero after each step."""
+
+    def __init__(self) -> None:
+        self.num: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        weight = pl_module.backbone.conv1.weight  # type: ignore[union-attr]
+        self.num.append(int((weight.detach().flatten(1) == 0).all(1).sum()))  # type: ignore[operator]
+
+
+def test_soft_removal_holds_units_at_zero_and_cuts_once() -> None:
+    torch.manual_seed(0)
+    module, watch, zeros = Foreign(Residual()), Watch(), Zeros()
+    fit(module, pruning(removal=Removal("soft")), watch, zeros)
+    assert sorted(set(watch.widths), reverse=True) == [32, 16]
+    assert sorted(set(zeros.num)) == [0, 4, 12]
+    assert history_of(module).count("prune") == 1
+
+
+class Doomed(Callback):
+    """Measures what is about to be removed."""
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+
+    def on_before_edit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, edit: Edit) -> None:
+        weight: Any = pl_module.get_parameter("backbone.conv1.weight").detach()
+        gone = sorted(set(range(len(weight))) - set(edit.data["slices"]["conv1.weight"]["0"]))
+        self.norms.append(float(weight[gone].norm()))
+
+
+@pytest.mark.parametrize("penalty", ["growing", "group_lasso"])
+def test_doomed_units_are_pushed_towards_zero(penalty: str) -> None:
+    norms = []
+    for strength in (1e-9, 2.0):
+        torch.manual_seed(0)
+        module, doomed = Foreign(Residual(), torch.optim.SGD, lr=0.1), Doomed()
+        removal = Removal(penalty=penalty, strength=strength, lead=0.4)
+        fit(module, pruning(schedule="one_shot", start=0.5, removal=removal), doomed)
+        norms += doomed.norms
+        assert module.backbone.conv1.out_channels == 16  # type: ignore[union-attr]
+    assert norms[1] < 0.7 * norms[0]
+
+
+def test_statistics_are_recalibrated_after_each_edit() -> None:
+    torch.manual_seed(0)
+    module = Foreign(Residual())
+    fit(module, pruning(schedule="one_shot", removal=Removal(recalibrate=4)))
+    assert module.backbone.conv1.out_channels == 16  # type: ignore[union-attr]
+
+
+def test_points_say_when_and_how_much() -> None:
+    module, watch = Foreign(Residual()), Watch()
+    fit(module, pruning(schedule=[[0.25, 0.25], [0.5, 1.0]]), watch)
+    assert sorted(set(watch.widths), reverse=True) == [32, 28, 16]
+
+
+class Deep(nn.Module):
+    """Four residual blocks in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 16, 3, padding=1)
+        self.blocks = nn.Sequential(*[BasicBlock(16, 16) for _ in range(4)])
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def test_blocks_go_in_steps_with_channels() -> None:
+    torch.manual_seed(0)
+    module = Foreign(Deep())
+    trainer = fit(module, pruning(depth=0.5, num_edits=2))
+    kinds = [(len(edit.data.get("blocks", [])), bool(edit.data["slices"])) for edit in history_of(module)]
+    assert kinds == [(1, False), (0, True), (1, False), (0, True)]
+    left = {name.split(".")[2] for name, _ in module.named_parameters() if name.startswith("backbone.blocks")}
+    assert len(left) == 2
+    assert {id(p) for p in module.parameters()} == {id(p) for p in trainer.optimizers[0].param_groups[0]["params"]}
+
+
+def test_an_edit_every_epoch() -> None:
+    module = Foreign(Residual())
+    fit(module, pruning(num_edits="1 epoch", start=0.0, end=0.5, round_to=1))
+    assert history_of(module).count("prune") == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"ratio": 1.0}, r"prune\.ratio: expected a value in \[0, 1\), got 1\.0"),
         ({"ratio": -0.1}, r"prune\.ratio"),
-        ({"schedule": "quadratic"}, r"prune\.schedule: expected one of cubic, linear, one_shot"),
+        ({"schedule": "quadratic"}, r"prune\.schedule: expected one of cubic, linear, cosine, one_shot"),
+        ({"criterion": "luck"}, r"prune\.criterion: expected one of .*l2"),
+        ({"allocation": "fair"}, r"prune\.allocation: expected one of uniform, global, sensitivity"),
+        ({"depth": 1.0}, r"prune\.depth: expected a value in \[0, 1\), got 1\.0"),
+        ({"min_width": 0}, r"prune\.min_width"),
         ({"start": 0.6, "end": 0.5}, r"prune\.start, prune\.end"),
         ({"end": 1.0}, r"prune\.start, prune\.end"),
         ({"num_edits": 0}, r"prune\.num_edits"),
