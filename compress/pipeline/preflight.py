@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from compress.data import KeyedDataModule
 from compress.distill import Distiller
 from compress.errors import CompressError, DataError, RecipeError
-from compress.prune import find_groups
 from compress.quantize import prepare
 from compress.recipe import Recipe
 
@@ -47,7 +46,7 @@ def preflight(recipe: Recipe) -> None:
         _try_losses(recipe, inputs, targets)
     student = copy.deepcopy(recipe.student)
     if recipe.prune is not None:
-        find_groups(student, (inputs,), ignore=recipe.prune.ignore)
+        recipe.prune.rehearse(student, (inputs,))
     if recipe.quantize is not None:
         prepare(student, (inputs,), recipe.quantize.scheme)
 

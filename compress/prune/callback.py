@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -14,14 +15,15 @@ from torch.optim import Optimizer
 from compress.errors import EditError, RecipeError
 from compress.prune.allocation import ALLOCATIONS, Target
 from compress.prune.anatomy import Anatomy, study
+from compress.prune.blocks import find_blocks
 from compress.prune.choice import Wishes, choose_blocks, choose_units, describe
 from compress.prune.criteria import CRITERIA
-from compress.prune.observations import Witness
+from compress.prune.observations import Observations, Witness
 from compress.prune.planner import apply_removal
 from compress.prune.recalibrate import recalibrate
 from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
 from compress.prune.schedules import Timetable, timetable
-from compress.surgery import Edit, ModelEditor, history_of
+from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
 
 __all__ = ["StructuredPruning", "replay_prune"]
@@ -126,6 +128,30 @@ class StructuredPruning(ModelEditor):
         """Remove what the edit does not keep."""
         return replay_prune(network, edit)
 
+    def rehearse(self, network: nn.Module, inputs: Sequence[Tensor]) -> None:
+        """Plan everything at once, by weights alone, so that what would fail late fails now; a latency is not measured.
+
+        Args:
+            network: Left untouched.
+            inputs: Example inputs, at least two samples each.
+
+        Raises:
+            CaptureError: when the network cannot be exported.
+            EditError: when a layer to ignore does not exist, there is nothing to remove, a target is out of reach, or
+                what is left does not run.
+        """
+        anatomy = study(network, inputs, ignore=self.ignore)
+        if self.wishes.depth and not find_blocks(anatomy):
+            raise EditError(
+                f"prune.depth: expected residual blocks or layers that can be left out, got none in "
+                f"{type(network).__name__}. Leave prune.depth out."
+            )
+        plain = replace(self.wishes, criterion="l2", allocation="uniform")
+        if plain.target is not None and (self.wishes.depth or "latency" in plain.target.currency):
+            plain = replace(plain, target=None)
+        if plain.ratio and choose_units(Observations(anatomy), plain, 1.0, History()) is None:
+            raise self._nothing(network)
+
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs to remove the same units at the same steps."""
         pending = dict(self._pending.data) if self._pending else None
@@ -210,12 +236,7 @@ class StructuredPruning(ModelEditor):
         self._witness.forget(everything=last)
         self._done = due
         if last and not history_of(pl_module).count(self.kind):
-            wish = f"at ratio {self.wishes.ratio}" if self.wishes.target is None else f"for {self.wishes.target}"
-            raise EditError(
-                f"prune: expected something to remove {wish}, got nothing: no group of channels in "
-                f"{type(self.network(pl_module)).__name__} is wider than {self.wishes.round_to} and unprotected. "
-                "Lower prune.round_to, shorten prune.ignore, or leave prune out."
-            )
+            raise self._nothing(self.network(pl_module))
 
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, fraction: float) -> Edit | None:
         """Remove the blocks that are due, and plan which units are to go; the same on every rank."""
@@ -243,6 +264,14 @@ class StructuredPruning(ModelEditor):
             for name, buffer in network.named_buffers():
                 if name.endswith(("running_mean", "running_var")):
                     buffer.copy_(_mean(trainer)(buffer))
+
+    def _nothing(self, network: nn.Module) -> EditError:
+        wish = f"at ratio {self.wishes.ratio}" if self.wishes.target is None else f"for {self.wishes.target}"
+        return EditError(
+            f"prune: expected something to remove {wish}, got nothing: no group of channels in "
+            f"{type(network).__name__} is wider than {self.wishes.round_to} and unprotected. "
+            "Lower prune.round_to, shorten prune.ignore, or leave prune out."
+        )
 
     def _study(self, pl_module: pl.LightningModule, inputs: Sequence[Tensor]) -> Anatomy:
         return study(self.network(pl_module), inputs, ignore=self.ignore)

@@ -132,6 +132,31 @@ def test_a_target_out_of_reach_says_what_can_be_reached() -> None:
         fit(Foreign(Residual()), pruning(target=Target(params=0.001), min_width=8))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"round_to": 64}, r"expected something to remove at ratio 0\.5, got nothing"),
+        ({"target": Target(params=0.001), "min_width": 8}, r"prune\.target\.params"),
+        (
+            {"depth": 0.5},
+            r"prune\.depth: expected residual blocks or layers that can be left out",
+        ),
+        ({"ignore": ["conv7"]}, r"prune\.ignore: expected names of layers, got 'conv7'"),
+    ],
+)
+def test_a_rehearsal_fails_before_the_fit_would(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(EditError, match=message):
+        pruning(**settings).rehearse(Residual(), [torch.randn(2, 1, 8, 8)])
+
+
+def test_a_rehearsal_changes_nothing() -> None:
+    network = Residual().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    pruning(target=Target(latency_ms=1e-9), criterion="taylor").rehearse(network, [torch.randn(2, 1, 8, 8)])
+    assert network.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+
+
 class Zeros(Callback):
     """Counts channels of a layer that are zero after each step."""
 
