@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ examples:
   compress run digits --print_config                     the recipe with all its defaults, as YAML
   compress run --resume runs/digits/2026-01-01_12-00-00  go on with a run that was stopped
   compress cache-teacher digits                          a run's first step alone: store what its teacher says
+  compress sensitivity digits                            what each layer's units are worth, before pruning any
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
   compress predict ARTIFACT images.npy                   labels and probabilities for raw inputs
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console = Console(width=140)  # a file or a pipe has no edge to wrap at
     sys.path.append(os.getcwd())  # so that class paths may name modules of the user's folder
     parser = _parser()
+    options, rest = argparse.Namespace(command=None), list[str]()
     try:
         options, rest = parser.parse_known_args(words)
         return options.command(options, rest, console) or 0
@@ -50,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         where = os.environ.get("COMPRESS_RUN_DIR")
-        go_on = f" Go on with: compress run --resume {where}" if where else ""
+        go_on = f" Go on with: {_go_on(options, rest, where)}" if where else ""
         Console(stderr=True).print(f"[bold yellow]interrupted.[/]{_escape(go_on)}", soft_wrap=True)
         return 130
 
@@ -94,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
         entry = command(name, _step, text, epilog="Keys of the recipe can follow by their dotted names.")
         entry.add_argument("path", metavar="RUN_DIR" if name != "bench" else "RUN_DIR|ARTIFACT")
         entry.set_defaults(step=name)
+    entry = command(
+        "sensitivity",
+        _sensitivity,
+        "measure what each layer's least important units are worth, before pruning any",
+        epilog="The student is trained alone first, where the run does not have it; then each layer in turn has part "
+        "of its units silenced, and the network is judged on the validation split. What is measured is kept after "
+        "every point: the same command goes on. Keys of the recipe can follow by their dotted names; "
+        "--trainer.limit_val_batches 10 judges on fewer batches.",
+    )
+    entry.add_argument(
+        "recipe", metavar="RECIPE|RUN_DIR", help="YAML file, name of a shipped recipe, or a run's directory"
+    )
+    entry.add_argument("--run_dir", metavar="DIR", help="new directory for the run (default: runs/RECIPE/TIME)")
+    entry.add_argument(
+        "--ratios", type=float, nargs="+", metavar="R", help="fractions to silence (default: 0.1 0.25 0.5 0.75 0.9)"
+    )
     entry = command("predict", _predict, "predict labels for raw inputs")
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
     entry.add_argument("inputs", metavar="INPUTS.npy", help="array of raw inputs, one a row")
@@ -159,6 +178,25 @@ def _cache_teacher(options: argparse.Namespace, rest: list[str], console: Consol
         console.print(f"run directory: {opened.path}. Go on with: {go_on}", soft_wrap=True)
 
 
+def _sensitivity(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    from compress.pipeline import RunDirectory, sensitivity
+    from compress.prune.sensitivity import RATIOS
+
+    if Path(options.recipe).is_dir():
+        if options.run_dir is not None:
+            raise RecipeError(
+                f"--run_dir: expected none beside a run's directory, got {options.run_dir}. Leave it out."
+            )
+        source = {"recipe": None, "resume": options.recipe}
+    else:
+        source = {"recipe": options.recipe, "resume": None}
+    opened = _open(argparse.Namespace(**source, run_dir=options.run_dir, keys=False), rest, console)
+    if isinstance(opened, RunDirectory):
+        sensitivity(opened, ratios=options.ratios or RATIOS)
+        if opened.is_main_process:
+            console.print(f"run directory: {opened.path}", soft_wrap=True)
+
+
 def _step(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     from compress.pipeline import STEPS, open_run
 
@@ -220,6 +258,16 @@ def _recipes(options: argparse.Namespace, rest: list[str], console: Console) -> 
     for name, path in shipped_recipes().items():
         first = path.read_text().splitlines()[0].lstrip("# ")
         console.print(f"[bold]{name}[/]  {first}  [dim]{path}[/]", soft_wrap=True)
+
+
+def _go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> str:
+    """Return the command that goes on with what was interrupted."""
+    if options.command is not _sensitivity:
+        return f"compress run --resume {run_dir}"
+    words = ["compress", "sensitivity", run_dir]
+    if Path(options.recipe).is_dir():  # a new run has them in its recipe
+        words += rest
+    return shlex.join([*words, "--ratios", *map(str, options.ratios)] if options.ratios else words)
 
 
 def _quiet() -> None:

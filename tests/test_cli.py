@@ -90,7 +90,7 @@ def test_an_existing_run_directory_is_left_alone(tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["run", "digts"], "expected a file or one of digits"),
+        (["run", "digts"], "recipe: expected a file or one of"),
         (["run"], "recipe: expected a YAML file or the name of a shipped recipe, got none"),
         (["run", "--resume", "nowhere"], "nowhere: expected a run directory with a recipe.yaml"),
         (["run", "digits", "--resume", "nowhere"], "--resume: expected no recipe beside it"),
@@ -126,7 +126,7 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         compress.cli.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for command in ("run", "fit", "test", "export", "bench", "report", "predict", "recipes"):
+    for command in ("run", "fit", "test", "export", "bench", "report", "sensitivity", "predict", "recipes"):
         assert f"  {command} " in text
     code, out, _ = call(capsys, "run", "--keys")
     assert code == 0

@@ -13,7 +13,17 @@ if TYPE_CHECKING:
     from compress.measure.latency import Latency, measure_latency
     from compress.measure.machine import cpu_flags, describe_machine, versions
     from compress.measure.memory import peak_memory, peak_memory_of
-    from compress.measure.report import Gains, LatencyRow, Report, Stage, read_report, report_table, write_report
+    from compress.measure.report import (
+        Gains,
+        LatencyRow,
+        Report,
+        Sensitivity,
+        Stage,
+        Target,
+        read_report,
+        report_table,
+        write_report,
+    )
 
 __all__ = [
     "Agreement",
@@ -21,7 +31,9 @@ __all__ = [
     "Latency",
     "LatencyRow",
     "Report",
+    "Sensitivity",
     "Stage",
+    "Target",
     "cpu_flags",
     "describe_machine",
     "macs",
@@ -44,7 +56,17 @@ _FILES = {
     "latency": ["Latency", "measure_latency"],
     "machine": ["cpu_flags", "describe_machine", "versions"],
     "memory": ["peak_memory", "peak_memory_of"],
-    "report": ["Gains", "LatencyRow", "Report", "Stage", "read_report", "report_table", "write_report"],
+    "report": [
+        "Gains",
+        "LatencyRow",
+        "Report",
+        "Sensitivity",
+        "Stage",
+        "Target",
+        "read_report",
+        "report_table",
+        "write_report",
+    ],
 }
 
 

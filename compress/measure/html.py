@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
@@ -10,10 +11,19 @@ from markupsafe import Markup
 from compress.measure.page import PAGE
 from compress.measure.plots import NUM_SERIES, picture_svg, training_svg, widths_svg
 from compress.measure.results import Report
+from compress.measure.sensitivity import sensitivity_svg
 from compress.measure.table import table_rows
-from compress.measure.units import as_bytes, as_metric, as_ms, as_points, as_ratio
+from compress.measure.units import ABSENT, as_bytes, as_count, as_metric, as_ms, as_points, as_ratio
 
 __all__ = ["render_html"]
+
+_TARGETS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "latency_ms": ("latency", lambda value: f"{as_ms(value)} ms"),
+    "latency": ("latency", lambda value: f"{as_ms(value)} ms"),
+    "macs": ("MACs", as_count),
+    "params": ("parameters", as_count),
+    "bytes": ("bytes of weights", as_bytes),
+}
 
 
 def render_html(report: Report) -> str:
@@ -27,12 +37,15 @@ def render_html(report: Report) -> str:
         "picture": picture_svg(report),
         "training": training_svg(report.curves, first=report.task_metric),
         "widths": widths_svg(report.widths),
+        "sensitivity": sensitivity_svg(report.sensitivity) if report.sensitivity else "",
     }
     return environment.from_string(PAGE).render(
         report=report,
         gains=_gains(report),
         rows=table_rows(report),
         colors=_colors(report),
+        target=_target(report),
+        missing_points=_missing_points(report),
         artifact_bytes=as_bytes(report.stages[-1].artifact_bytes) if report.stages[-1].artifact_bytes else "",
         **{name: Markup(svg) for name, svg in pictures.items()},
     )
@@ -57,6 +70,28 @@ def _gains(report: Report) -> list[dict[str, str]]:
             "detail": f"{as_metric(report.metric(first))} → {as_metric(report.metric(last))}",
         },
     ]
+
+
+def _target(report: Report) -> dict[str, str] | None:
+    target = report.target
+    if target is None:
+        return None
+    name, write = _TARGETS[target.metric]
+    return {
+        "name": name,
+        "original": ABSENT if target.original is None else write(target.original),
+        "wanted": write(target.wanted),
+        "reached": write(target.reached),
+        "engine": target.engine or ABSENT,
+    }
+
+
+def _missing_points(report: Report) -> str:
+    measured = report.sensitivity
+    if measured is None:
+        return ""
+    num_done = 1 + sum(ratio > 0 for points in measured.curves.values() for ratio, _ in points)
+    return f"; {num_done} of {measured.num_points} points so far" if num_done < measured.num_points else ""
 
 
 def _colors(report: Report) -> dict[str, Any]:

@@ -108,6 +108,19 @@ PAGE = (
 {{ artifact_bytes }}.</p>
 {% endif %}
 
+{% if target %}
+<h2>Wanted and reached</h2>
+<div class="scroll">
+<table>
+<thead><tr><th class="text">pruned for</th><th>before</th><th>wanted, at most</th><th>reached</th>
+<th class="text">engine</th></tr></thead>
+<tbody><tr><td class="text">{{ target.name }}</td><td>{{ target.original }}</td><td>{{ target.wanted }}</td>
+<td>{{ target.reached }}</td>
+<td class="text">{{ target.engine }}</td></tr></tbody>
+</table>
+</div>
+{% endif %}
+
 {% if picture %}
 <h2>{{ report.task_metric | capitalize }}, latency and size</h2>
 <figure>{{ picture }}<figcaption>Up and left is better; a smaller area is a smaller file.</figcaption></figure>
@@ -121,6 +134,13 @@ PAGE = (
 {% if widths %}
 <h2>Widths of the layers</h2>
 <figure>{{ widths }}<figcaption>Output channels before and after pruning.</figcaption></figure>
+{% endif %}
+
+{% if sensitivity %}
+<h2>Sensitivity of the layers</h2>
+<figure>{{ sensitivity }}<figcaption>The network of stage {{ report.sensitivity.stage }} on the validation split, with
+the least important units of one layer at a time ({{ report.sensitivity.criterion }}) silent and nothing trained
+after it{{ missing_points }}.</figcaption></figure>
 {% endif %}
 
 {% if report.notes %}

@@ -2,58 +2,24 @@
 
 from __future__ import annotations
 
-import html
-import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
+from compress.measure.drawing import NUM_SERIES, PAGE, new_figure, page_svg, shorten, style
 from compress.measure.labels import Box, place_labels
 from compress.measure.results import Report
 from compress.measure.units import as_bytes, as_ms
 
 __all__ = ["NUM_SERIES", "picture_svg", "training_svg", "widths_svg"]
 
-NUM_SERIES = 6
-
-# Colours that stand for the page's own until the SVG is written.
-_FOREGROUND, _MUTED, _LINE, _BACKGROUND = "#010a01", "#010a02", "#010a03", "#010a04"
-_SERIES = [f"#010b{index:02x}" for index in range(NUM_SERIES)]
-_VARIABLES = {_FOREGROUND: "fg", _MUTED: "muted", _LINE: "line", _BACKGROUND: "bg"} | {
-    color: f"series-{index}" for index, color in enumerate(_SERIES)
-}
-_STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "compress",
-    "text.parse_math": False,  # a dollar in a name is a dollar
-    "font.size": 9.5,
-    "text.color": _FOREGROUND,
-    "axes.labelcolor": _MUTED,
-    "axes.edgecolor": _LINE,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "axes.titlecolor": _FOREGROUND,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": _LINE,
-    "grid.linewidth": 0.7,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _MUTED,
-    "ytick.labelcolor": _MUTED,
-}
+_STYLE = style(PAGE)
 _AREA = (60.0, 1800.0)  # square points, of the smallest bubble that can be seen and of the largest stage
 
 
@@ -71,12 +37,12 @@ def picture_svg(report: Report) -> str:
     if not points:
         return ""
     with mpl.rc_context(_STYLE):
-        figure = _figure(9.2, 4.6)
+        figure = new_figure(9.2, 4.6)
         axes = figure.add_subplot()
         x, y, sizes = (np.array(column, dtype=float) for column in list(zip(*points))[2:])
         areas = np.maximum(_AREA[0], _AREA[1] * sizes / sizes.max())
         for (index, *_), left, height, area in zip(points, x, y, areas):
-            color = _SERIES[index % NUM_SERIES]
+            color = PAGE.series[index % NUM_SERIES]
             axes.scatter(left, height, s=area, color=color, alpha=0.35, linewidths=0)
             axes.scatter(left, height, s=14, color=color, linewidths=0)
         _log_latency_axis(axes, x)
@@ -84,8 +50,8 @@ def picture_svg(report: Report) -> str:
         axes.set_xlabel("latency at batch 1, median, ms (log scale)")
         axes.set_ylabel(f"test {report.task_metric}, %")
         texts = [f"{name}\n{as_ms(ms)} ms · {as_bytes(num_bytes)}" for _, name, ms, _, num_bytes in points]
-        _write_labels(figure, axes, np.stack([x, y], 1), areas, texts, [_SERIES[p[0] % NUM_SERIES] for p in points])
-        return _svg(figure, f"{report.task_metric} against latency and size of each stage")
+        _write_labels(figure, axes, np.stack([x, y], 1), areas, texts, [PAGE.series[p[0] % NUM_SERIES] for p in points])
+        return page_svg(figure, f"{report.task_metric} against latency and size of each stage")
 
 
 def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], *, first: str = "") -> str:
@@ -118,11 +84,11 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], *, first: str 
     columns = min(3, len(order))
     rows = math.ceil(len(order) / columns)
     with mpl.rc_context(_STYLE):
-        figure = _figure(9.2, 2.6 * rows + 0.4)
+        figure = new_figure(9.2, 2.6 * rows + 0.4)
         for position, metric in enumerate(order):
             axes = figure.add_subplot(rows, columns, position + 1)
             for phase, line in panels[metric].items():
-                color = _SERIES[phases.index(phase) % NUM_SERIES]
+                color = PAGE.series[phases.index(phase) % NUM_SERIES]
                 marker = "o" if len(line) == 1 else None
                 axes.plot(line[:, 0], line[:, 1], color=color, label=phase, linewidth=1.4, marker=marker, ms=4)
             axes.set_title(metric)
@@ -135,11 +101,11 @@ def training_svg(curves: Mapping[str, Sequence[Sequence[float]]], *, first: str 
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
                 axes.yaxis.set_minor_formatter(NullFormatter())
         if phases != [""]:
-            handles = [mpl.lines.Line2D([], [], color=_SERIES[i % NUM_SERIES]) for i in range(len(phases))]
+            handles = [mpl.lines.Line2D([], [], color=PAGE.series[i % NUM_SERIES]) for i in range(len(phases))]
             figure.legend(
-                handles, phases, loc="outside upper right", ncols=len(phases), frameon=False, labelcolor=_FOREGROUND
+                handles, phases, loc="outside upper right", ncols=len(phases), frameon=False, labelcolor=PAGE.foreground
             )
-        return _svg(figure, "training curves")
+        return page_svg(figure, "training curves")
 
 
 def widths_svg(widths: Sequence[Mapping[str, Any]]) -> str:
@@ -154,12 +120,12 @@ def widths_svg(widths: Sequence[Mapping[str, Any]]) -> str:
     if not widths:
         return ""
     with mpl.rc_context({**_STYLE, "axes.grid": False}):
-        figure = _figure(9.2, 0.21 * len(widths) + 0.4)
+        figure = new_figure(9.2, 0.21 * len(widths) + 0.4)
         axes = figure.add_subplot()
         y = np.arange(len(widths))
         before, after = ([row[key] for row in widths] for key in ("before", "after"))
-        axes.barh(y, before, height=0.66, color=_LINE, linewidth=0)
-        axes.barh(y, after, height=0.66, color=_SERIES[0], linewidth=0)
+        axes.barh(y, before, height=0.66, color=PAGE.line, linewidth=0)
+        axes.barh(y, after, height=0.66, color=PAGE.series[0], linewidth=0)
         for position, row in enumerate(widths):
             same = row["before"] == row["after"]
             text = f"{row['before']}" if same else f"{row['before']} → {row['after']}"
@@ -171,21 +137,15 @@ def widths_svg(widths: Sequence[Mapping[str, Any]]) -> str:
                 textcoords="offset points",
                 va="center",
                 fontsize=8.5,
-                color=_MUTED,
+                color=PAGE.muted,
             )
-        axes.set_yticks(y, [_shorten(str(row["layer"])) for row in widths], fontsize=8.5)
+        axes.set_yticks(y, [shorten(str(row["layer"])) for row in widths], fontsize=8.5)
         axes.set_ylim(len(widths) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(*before, *after))
         axes.tick_params(length=0)
         axes.xaxis.set_visible(False)
         axes.spines[["bottom", "left"]].set_visible(False)
-        return _svg(figure, "width of each layer before and after pruning")
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)  # its renderer measures the labels
-    return figure
+        return page_svg(figure, "width of each layer before and after pruning")
 
 
 def _log_latency_axis(axes: Axes, x: np.ndarray) -> None:
@@ -235,18 +195,3 @@ def _spans_decades(lines: Sequence[np.ndarray]) -> bool:
     values = np.concatenate([line[:, 1] for line in lines])
     values = values[np.isfinite(values)]
     return bool(values.size and values.min() > 0 and values.max() > 20 * values.min())
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= 40 else f"…{name[-39:]}"
-
-
-def _svg(figure: Figure, description: str) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, f"var(--{variable})")
-    return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)

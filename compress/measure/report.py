@@ -10,10 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
-from compress.measure.results import Gains, LatencyRow, Report, Stage
+from compress.measure.results import Gains, LatencyRow, Report, Sensitivity, Stage, Target
 from compress.measure.table import report_table
 
-__all__ = ["Gains", "LatencyRow", "Report", "Stage", "read_report", "report_table", "write_report"]
+__all__ = [
+    "Gains",
+    "LatencyRow",
+    "Report",
+    "Sensitivity",
+    "Stage",
+    "Target",
+    "read_report",
+    "report_table",
+    "write_report",
+]
 
 
 def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
@@ -63,7 +73,11 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         stages = [Stage(**stage | _stage_parts(stage)) for stage in data["stages"]]
         curves = {name: [[_nan(x), _nan(y)] for x, y in points] for name, points in data["curves"].items()}
         known = {field.name: data[field.name] for field in fields(Report)}
-        return Report(**known | {"stages": stages, "curves": curves})
+        parts = {
+            "sensitivity": _sensitivity(data["sensitivity"]),
+            "target": data["target"] and Target(**data["target"]),
+        }
+        return Report(**known | {"stages": stages, "curves": curves} | parts)
     except OSError as error:
         raise RunError(
             f"{path}: expected a report.json, got {error.strerror}. Make one with: compress report."
@@ -80,6 +94,16 @@ def _stage_parts(stage: dict[str, Any]) -> dict[str, Any]:
         "metrics": {name: _nan(value) for name, value in stage["metrics"].items()},
         "latency": [LatencyRow(**row) for row in stage["latency"]],
     }
+
+
+def _sensitivity(data: dict[str, Any] | None) -> Sensitivity | None:
+    if data is None:
+        return None
+    curves = {
+        layer: [[ratio, {name: _nan(value) for name, value in values.items()}] for ratio, values in points]
+        for layer, points in data["curves"].items()
+    }
+    return Sensitivity(**data | {"curves": curves})
 
 
 def _nan(value: float | None) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Gains", "LatencyRow", "Report", "Stage"]
+__all__ = ["Gains", "LatencyRow", "Report", "Sensitivity", "Stage", "Target"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,61 @@ class Gains:
     metric_points: float | None
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What a network loses on the validation split with part of one layer silent, all else untouched.
+
+    Args:
+        stage: Which network of the run it is.
+        criterion: What said which units matter least.
+        metric: The metric that judges.
+        widths: The number of units of each layer.
+        num_points: How many points were to be measured; there are fewer in ``curves`` while it is going on.
+        curves: Points ``[ratio silent, {"loss": value, metric: value}]`` by layer, from ratio 0.
+    """
+
+    stage: str
+    criterion: str
+    metric: str
+    widths: dict[str, int]
+    num_points: int
+    curves: dict[str, list[list[Any]]]
+
+    def ranked(self) -> list[str]:
+        """Return the layers that are measured, by their loss with half of their units silent, the highest first."""
+        layers = [layer for layer, points in self.curves.items() if len(points) > 1]
+        return sorted(layers, key=lambda layer: -self.at_half(layer)[1]["loss"])
+
+    def at_half(self, layer: str) -> list[Any]:
+        """Return a layer's point that is nearest to half of its units.
+
+        Example:
+            >>> curves = {"fc": [[0.0, {"loss": 1.0}], [0.4, {"loss": 2.0}], [0.9, {"loss": 3.0}]]}
+            >>> Sensitivity("baseline", "l2", "accuracy", {"fc": 10}, 3, curves).at_half("fc")
+            [0.4, {'loss': 2.0}]
+        """
+        return min(self.curves[layer][1:], key=lambda point: abs(point[0] - 0.5))
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit that the network was to be brought under.
+
+    Args:
+        metric: ``latency_ms`` or ``latency``, both in milliseconds, ``macs``, ``params`` or ``bytes``.
+        wanted: The limit.
+        reached: What the network has.
+        original: What it had before.
+        engine: What ran it, where that matters.
+    """
+
+    metric: str
+    wanted: float
+    reached: float
+    original: float | None = None
+    engine: str | None = None
+
+
 @dataclass
 class Report:
     """All that a run showed.
@@ -95,6 +150,8 @@ class Report:
         widths: ``{"layer", "before", "after"}`` for each layer.
         machine: From ``describe_machine``.
         notes: Sentences a reader needs to judge the figures.
+        sensitivity: What each layer's silence costs, where that was measured.
+        target: What pruning was to reach, where it had such a target.
     """
 
     recipe: str
@@ -106,6 +163,8 @@ class Report:
     widths: list[dict[str, Any]] = field(default_factory=list)
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sensitivity: Sensitivity | None = None
+    target: Target | None = None
 
     def metric(self, stage: Stage) -> float | None:
         """Return a stage's value of the metric that judges, or ``None``."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.measure.results import LatencyRow, Report, Stage
+from compress.measure.results import LatencyRow, Report, Sensitivity, Stage
 from compress.measure.units import ABSENT, as_bytes, as_count, as_metric, as_ms
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Row", "report_table", "table_rows"]
+__all__ = ["Row", "report_table", "sensitivity_table", "table_rows"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,39 @@ def report_table(report: Report) -> Table:
         cells = [row.stage, row.metric, row.num_params, row.macs, row.bytes, engine]
         cells += [f"{p50}/{p95}" if p50 != ABSENT else ABSENT for p50, p95 in row.latency]
         table.add_row(*map(Text, cells), style=None if row.stage else "dim")
+    return table
+
+
+def sensitivity_table(sensitivity: Sensitivity, *, num_rows: int = 5) -> Table:
+    """Return a table of the most and of the least sensitive layers, with about half of their units silent.
+
+    Args:
+        sensitivity: What was measured.
+        num_rows: Layers of each kind; all layers where there are no more than both.
+
+    Example:
+        >>> curves = {"fc": [[0.0, {"loss": 1.0, "f1": 0.9}], [0.5, {"loss": 2.0, "f1": 0.4}]]}
+        >>> sensitivity_table(Sensitivity("baseline", "l2", "f1", {"fc": 10}, 2, curves)).row_count
+        1
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=Text("most sensitive layers first: validation split"), pad_edge=False)
+    table.add_column("layer", style="bold")
+    for header in ("units", "silent", "loss", sensitivity.metric):
+        table.add_column(header, justify="right", no_wrap=True)
+    layers = sensitivity.ranked()
+    left_out = len(layers) - 2 * num_rows
+    for index, layer in enumerate(layers):
+        if left_out > 0 and num_rows <= index < len(layers) - num_rows:
+            if index == num_rows:
+                table.add_row(f"… {left_out} more", style="dim", end_section=True)
+            continue
+        ratio, values = sensitivity.at_half(layer)
+        cells = [layer, str(sensitivity.widths[layer]), f"{100 * ratio:.0f} %", f"{values['loss']:.3f}"]
+        table.add_row(*map(Text, [*cells, as_metric(values[sensitivity.metric])]))
     return table
 
 

@@ -5,6 +5,7 @@ from compress.pipeline.export import export
 from compress.pipeline.fit import fit
 from compress.pipeline.report import report
 from compress.pipeline.rundir import RunDirectory, create_run, open_run
+from compress.pipeline.sensitivity import sensitivity
 from compress.pipeline.teaching import cache_teacher
 from compress.pipeline.test import test
 
@@ -19,6 +20,7 @@ __all__ = [
     "open_run",
     "report",
     "run",
+    "sensitivity",
     "test",
 ]
 

@@ -13,7 +13,7 @@ from compress.pipeline.teaching import Teaching, teaching
 from compress.pipeline.training import keep, train
 from compress.surgery import Edit, history_of, save_snapshot
 
-__all__ = ["StageSnapshots", "fit"]
+__all__ = ["StageSnapshots", "fit", "fit_baseline"]
 
 
 def fit(run: RunDirectory) -> None:
@@ -26,9 +26,8 @@ def fit(run: RunDirectory) -> None:
     done = run.snapshot("final").exists()
     taught = teaching(run) if not done and recipe.teacher is not None else Teaching(None, recipe.data)
     epochs = recipe.trainer.get("max_epochs")
-    if recipe.baseline and not run.snapshot("baseline").exists():
-        module = train(run, "baseline", copy.deepcopy(recipe.student), max_epochs=epochs)
-        keep(run, "baseline", module)
+    if recipe.baseline:
+        fit_baseline(run)
     if not done:
         editors = [copy.deepcopy(editor) for editor in (recipe.prune, recipe.quantize) if editor is not None]
         losses = recipe.distill.losses
@@ -44,6 +43,14 @@ def fit(run: RunDirectory) -> None:
             loggers=_loggers(run),
         )
         keep(run, "final", module)
+
+
+def fit_baseline(run: RunDirectory) -> None:
+    """Train the student alone, where a run directory does not have it yet."""
+    if not run.snapshot("baseline").exists():
+        epochs = run.recipe.trainer.get("max_epochs")
+        module = train(run, "baseline", copy.deepcopy(run.recipe.student), max_epochs=epochs)
+        keep(run, "baseline", module)
 
 
 class StageSnapshots(Callback):

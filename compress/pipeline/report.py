@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from compress.measure.cost import widths
 from compress.measure.machine import describe_machine
-from compress.measure.report import LatencyRow, Report, Stage, report_table, write_report
+from compress.measure.report import LatencyRow, Report, Stage, Target, report_table, write_report
 from compress.pipeline.rundir import RunDirectory
+from compress.pipeline.sensitivity import read_sensitivity
+from compress.surgery import History
 
 __all__ = ["report"]
 
@@ -17,7 +20,8 @@ def report(run: RunDirectory) -> None:
     """Write ``report.json`` and ``report.html``, print the table and log it where the recipe says."""
     run.console.rule("[bold]report[/]")
     tested, measured = run.read_json("test"), run.read_json("bench")
-    scheme = any(edit.kind == "quantize" for edit in run.network("final")[1])
+    history = run.network("final")[1]
+    scheme = any(edit.kind == "quantize" for edit in history)
     names = {
         "teacher": "teacher",
         "baseline": "student alone",
@@ -42,6 +46,8 @@ def report(run: RunDirectory) -> None:
         widths=_widths(run) if run.recipe.prune is not None else [],
         machine=describe_machine(),
         notes=_notes(run, tested),
+        sensitivity=read_sensitivity(run),
+        target=_target(history),
     )
     html = write_report(result, run.path)
     run.console.print(report_table(result))
@@ -80,6 +86,12 @@ def _widths(run: RunDirectory) -> list[dict[str, Any]]:
     stage = "pruned" if run.snapshot("pruned").exists() else "final"
     after = widths(run.network(stage)[0])
     return [{"layer": name, "before": before[name], "after": after[name]} for name in before if name in after]
+
+
+def _target(history: History) -> Target | None:
+    """Return what the last edit with a target says of it."""
+    targets = [edit.data["target"] for edit in history if edit.data.get("target")]
+    return Target(**{entry.name: targets[-1].get(entry.name) for entry in fields(Target)}) if targets else None
 
 
 def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:

@@ -62,7 +62,11 @@ def measure_sensitivity(
         >>> measure_sensitivity(study(net, [torch.ones(2, 1)]), {"0": torch.tensor([1.0, 2.0])}, away, ratios=[0.5])
         {'0': [[0.0, 0.0], [0.5, 1.0]]}
     """
-    known = {name: {round(r * len(scores[name])): v for r, v in curve} for name, curve in (done or {}).items()}
+    known = {
+        name: {round(ratio * len(scores[name])): value for ratio, value in curve}
+        for name, curve in (done or {}).items()
+        if name in scores
+    }
     baseline = next((values[0] for values in known.values() if 0 in values), None)
     if baseline is None and scores:
         baseline = _value(anatomy.network, loss)

@@ -1,0 +1,221 @@
+"""Measure what each layer's least important units are worth, before anything is pruned."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities import move_data_to_device
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from compress.distill import read_batch
+from compress.distill.cache import fingerprint_module, fingerprint_tensors
+from compress.errors import EditError, RecipeError, RunError
+from compress.measure.report import Sensitivity
+from compress.measure.sensitivity import save_sensitivity
+from compress.measure.table import sensitivity_table
+from compress.pipeline.fit import fit_baseline
+from compress.pipeline.rundir import RunDirectory
+from compress.prune import CRITERIA, Anatomy, StructuredPruning, measure_sensitivity, score_groups, study
+from compress.prune.criteria import Gradients, measure_activations
+from compress.prune.sensitivity import RATIOS, judging, num_silent
+
+__all__ = ["read_sensitivity", "sensitivity"]
+
+_NAME = "sensitivity"
+
+
+def sensitivity(run: RunDirectory, *, ratios: Sequence[float] = RATIOS) -> None:
+    """Measure the network before pruning with part of each layer silent; a measurement that was stopped goes on.
+
+    The network is the distilled student where the run has it, else the student alone, which is trained first. Leaves
+    ``sensitivity.json``, written anew after every point, and ``sensitivity.png`` and ``.svg``.
+
+    Args:
+        run: The run directory.
+        ratios: Fractions of each layer's units to silence, between 0 and 1.
+
+    Raises:
+        RecipeError: when a ratio is out of range.
+        EditError: when the student has nothing that can be pruned.
+    """
+    for ratio in ratios:
+        if not 0 < ratio < 1:
+            raise RecipeError(
+                f"ratios: expected fractions between 0 and 1, got {ratio:g}. Use 0.5 for half of a layer."
+            )
+    stage = "distilled" if run.snapshot("distilled").exists() else "baseline"
+    if stage == "baseline":
+        fit_baseline(run)
+    if not run.is_main_process:
+        return
+    run.console.rule(f"[bold]sensitivity[/] of the network of stage {stage!r}")
+    measured = _measure(run, stage, ratios)
+    for path in save_sensitivity(measured, run.path):
+        run.console.print(f"picture: {path}", soft_wrap=True)
+    run.console.print(sensitivity_table(measured))
+
+
+def read_sensitivity(run: RunDirectory) -> Sensitivity | None:
+    """Return what a run directory holds of a measurement, finished or not.
+
+    Raises:
+        RunError: when the file is another one.
+    """
+    if not _file(run).exists():
+        return None
+    try:
+        saved = json.loads(_file(run).read_text())
+        return Sensitivity(**{name: value for name, value in saved.items() if name != "measured_on"})
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RunError(
+            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
+            f"Measure again: compress sensitivity {run.path}"
+        ) from error
+
+
+def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitivity:
+    recipe, pruning = run.recipe, run.recipe.prune or StructuredPruning()
+    criterion = pruning.wishes.criterion
+    loader, num_batches = _validation(run)
+    network, device = run.network(stage)[0], _device(run)
+    first = next(iter(loader))
+    inputs = [tensor[:2].to(device) for tensor in read_batch(first).inputs]
+    anatomy = study(network.to(device), inputs, ignore=pruning.ignore)
+    if not anatomy.groups:
+        raise EditError(
+            f"sensitivity: expected layers that can be pruned, got none in {type(network).__name__}. "
+            "Shorten prune.ignore, or choose another student."
+        )
+    measured_on = {
+        "weights": fingerprint_module(network),
+        "data": f"{num_batches} batches, the first {fingerprint_tensors(*first)}, {_text(run, 'data', 'task')}",
+        "criterion": criterion,
+        "layers": f"all but {', '.join(pruning.ignore)}" if pruning.ignore else "all",
+    }
+    curves = _found(run, measured_on)
+    start = next(iter(anatomy.groups))
+    found = {(name, round(ratio * anatomy.widths[name])) for name, points in curves.items() for ratio, _ in points}
+    asked = {(name, num_silent(width, ratio)) for name, width in anatomy.widths.items() for ratio in ratios}
+    num_points = 1 + sum(num > 0 for _, num in found | asked)
+    saved = {
+        "stage": stage,
+        "criterion": criterion,
+        "metric": recipe.task.metric,
+        "measured_on": measured_on,
+        "widths": anatomy.widths,
+        "num_points": num_points,
+    }
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=run.console, transient=True) as progress:
+        bar = progress.add_task("", total=num_points, completed=bool(found) + sum(num > 0 for _, num in found))
+
+        def on_point(name: str, ratio: float, values: dict[str, float]) -> None:
+            nonlocal curves
+            begun = curves.get(name, [curves[start][0]] if curves else [])
+            curves = {**curves, name: sorted([*begun, [ratio, values]], key=itemgetter(0))}
+            run.write_json(_NAME, {**saved, "curves": curves})
+            progress.update(bar, advance=1, description=f"{name}, {ratio:.0%} silent")
+
+        try:
+            measure_sensitivity(
+                anatomy,
+                _scores(run, anatomy, criterion, islice(loader, num_batches), device),
+                lambda changed: _judge(run, changed, islice(loader, num_batches), device),
+                ratios=ratios,
+                done=curves,
+                on_point=on_point,
+            )
+        except KeyboardInterrupt:
+            num_done = int(progress.tasks[bar].completed)
+            run.console.print(f"{num_done} of {num_points} points are kept in {_file(run)}", soft_wrap=True)
+            raise
+    result = read_sensitivity(run)
+    assert result is not None
+    return result
+
+
+def _found(run: RunDirectory, measured_on: Mapping[str, str]) -> dict[str, list[list[Any]]]:
+    """Return the points of an earlier measurement of the same network on the same data."""
+    try:
+        earlier = read_sensitivity(run)
+    except RunError:
+        run.console.print(f"{_file(run)}: expected an earlier measurement, got another file. It is measured anew.")
+        return {}
+    if earlier is None:
+        return {}
+    before = run.read_json(_NAME)["measured_on"]
+    changed = [name for name, value in measured_on.items() if before.get(name) != value]
+    if changed:
+        run.console.print(
+            f"{_file(run)}: expected a measurement with the same {' and '.join(changed)}, got one with others. "
+            "It is measured anew.",
+            soft_wrap=True,
+        )
+        return {}
+    return earlier.curves
+
+
+def _file(run: RunDirectory) -> Path:
+    return run.path / f"{_NAME}.json"
+
+
+def _device(run: RunDirectory) -> torch.device:
+    cpu = str(run.recipe.trainer.get("accelerator", "auto")) == "cpu" or not torch.cuda.is_available()
+    return torch.device("cpu" if cpu else "cuda")
+
+
+def _validation(run: RunDirectory) -> tuple[DataLoader, int]:
+    """Return the validation loader, and how many of its batches the Trainer would see."""
+    run.recipe.data.prepare_data()
+    run.recipe.data.setup("fit")
+    loader = run.recipe.data.val_dataloader()
+    limit = run.recipe.trainer.get("limit_val_batches")
+    share = 1.0 if limit is None else limit
+    num = share if isinstance(share, int) or share > 1 else share * len(loader)
+    return loader, max(1, min(int(num), len(loader)))
+
+
+def _scores(
+    run: RunDirectory, anatomy: Anatomy, criterion: str, batches: Iterable[Any], device: torch.device
+) -> dict[str, Tensor]:
+    """Return the scores of all units; what a criterion needs besides weights comes from the validation split."""
+    if CRITERIA[criterion].needs == "activations":
+        return score_groups(anatomy, criterion, activations=measure_activations(anatomy, [(run.held_out.to(device),)]))
+    gradients = Gradients()
+    if CRITERIA[criterion].needs == "gradients":
+        for batch in batches:
+            given = read_batch(move_data_to_device(batch, device))
+            anatomy.network.zero_grad()
+            run.recipe.task.loss(anatomy.network(*given.inputs, **given.named), given.targets).backward()
+            gradients.update(anatomy.network)
+        anatomy.network.zero_grad()
+    return score_groups(anatomy, criterion, gradients=gradients)
+
+
+def _judge(run: RunDirectory, network: nn.Module, batches: Iterable[Any], device: torch.device) -> dict[str, float]:
+    """Return the mean loss and the metrics of a network on the validation batches, in float32."""
+    task = run.recipe.task
+    metrics = task.metrics("").to(device)
+    loss, num_samples = 0.0, 0
+    with judging(network):
+        for batch in batches:
+            given = read_batch(move_data_to_device(batch, device))
+            outputs = network(*given.inputs, **given.named)
+            loss += given.size * float(task.loss(outputs, given.targets))
+            metrics.update(outputs, given.targets)
+            num_samples += given.size
+    return {"loss": loss / num_samples, **{name: float(value) for name, value in metrics.compute().items()}}
+
+
+def _text(run: RunDirectory, *keys: str) -> str:
+    """Return sections of the recipe as text; a recipe built from objects has none."""
+    config = run.recipe.config or {}
+    return json.dumps({key: config.get(key) for key in keys}, sort_keys=True, default=str)
