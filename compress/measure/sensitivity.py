@@ -130,7 +130,7 @@ def _map(sensitivity: Sensitivity, palette: Palette) -> Figure:
             axes.add_patch(Rectangle(*place, facecolor=palette.line, alpha=0.45, linewidth=0))
             axes.add_patch(Rectangle(*place, facecolor=palette.series[4], alpha=share, linewidth=0))
             if len(points) <= _MOST_FIGURES:
-                color = palette.background if share > 0.5 else palette.foreground
+                color = palette.background if share > 0.65 else palette.foreground
                 text = f"{100 * values[sensitivity.metric]:.1f}"
                 axes.text(50 * (left + right), row, text, ha="center", va="center", fontsize=7.5, color=color)
     axes.set_yticks(range(len(layers)), [shorten(layer) for layer in layers], fontsize=8.5)
