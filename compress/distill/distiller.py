@@ -24,7 +24,8 @@ from compress.distill.sources import TeacherSource, make_source
 from compress.distill.tasks import Task
 from compress.errors import RecipeError
 from compress.surgery import Edit, apply_slices
-from compress.surgery.editor import progress
+from compress.surgery.compiled import original
+from compress.surgery.progress import progress
 from compress.surgery.slicing import Slices
 
 __all__ = ["Distiller", "MakeOptimizer", "MakeScheduler", "check_weights"]
@@ -246,13 +247,14 @@ class Distiller(pl.LightningModule):
         Returns:
             What was kept, by the names of this module's parameters.
         """
+        student = original(self.student)
         if self.source is not None:
-            self.source.edit(self.student, edit, apply)
+            self.source.edit(student, edit, apply)
         if self._example is None or not self._taps.names:
             return {}
         inputs = [tensor.to(self.device) for tensor in self._example.inputs]
         named = {name: tensor.to(self.device) for name, tensor in self._example.named.items()}
-        kept = kept_channels(self.student, edit, apply, observer(self._taps, inputs, named))
+        kept = kept_channels(student, edit, apply, observer(self._taps, inputs, named))
         slices: dict[str, Mapping[str, Sequence[int]]] = {}
         for number, loss in enumerate(self._each_loss()):
             slices |= {f"{number}.{name}": what for name, what in loss.shrink(kept).items()}

@@ -7,6 +7,7 @@ into the ``History``, applied on every rank, and optimisers and DDP are re-linke
 from compress.surgery.capture import Captured, capture
 from compress.surgery.editor import ModelEditor, history_of
 from compress.surgery.history import Edit, History, replay
+from compress.surgery.progress import progress
 from compress.surgery.rebuild import rebuild
 from compress.surgery.resume import RandomStates, ResumePoint
 from compress.surgery.slicing import apply_slices
@@ -23,6 +24,7 @@ __all__ = [
     "capture",
     "history_of",
     "load_snapshot",
+    "progress",
     "rebuild",
     "replay",
     "save_snapshot",

@@ -8,7 +8,7 @@ therefore derives the graph's mode from its own ``training`` attribute at every 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compress.errors import CaptureError
-from compress.surgery.taps import with_features
+from compress.surgery.taps import twin_graph, with_features
 
 __all__ = ["Captured", "capture", "export_program"]
 
@@ -105,16 +105,32 @@ class Captured(nn.Module):
         self._graph_module = (graph_module,)
         self._tapped: tuple[tuple[str, ...], GraphModule] | None = None
         self.freeze_batchnorm = False
+        self._compile: Callable[..., Any] | None = None
+        self._compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     @property
     def graph_module(self) -> GraphModule:
         """The graph itself."""
         return self._graph_module[0]
 
+    @torch.compiler.disable(recursive=False)  # the mode is written into the graph: it compiles one for each itself
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph in the mode that ``training`` says."""
         self.sync_mode()
-        return self.graph_module(*inputs)
+        if self._compile is None:
+            return self.graph_module(*inputs)
+        mode = (self.training, self._learning)
+        if mode not in self._compiled:
+            self._compiled[mode] = self._compile(twin_graph(self.graph_module))
+        return self._compiled[mode](*inputs)
+
+    def compile_with(self, compile: Callable[..., Any]) -> None:
+        """Run compiled from now on.
+
+        Args:
+            compile: Makes a faster module of one, as ``torch.compile`` does.
+        """
+        self._compile, self._compiled = compile, {}
 
     def forward_with_features(self, names: Sequence[str], *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the graph and return its outputs and the activations of named layers.
@@ -133,8 +149,8 @@ class Captured(nn.Module):
         return outputs, dict(zip(names, features))
 
     def forget_taps(self) -> None:
-        """Build the graph with extra outputs anew at the next call, after the graph has been changed."""
-        self._tapped = None
+        """Build what was derived from the graph anew at the next call, after the graph has been changed."""
+        self._tapped, self._compiled = None, {}
 
     def train(self, mode: bool = True) -> Captured:
         """Set ``training``; the graph follows at the next call."""
@@ -144,7 +160,7 @@ class Captured(nn.Module):
 
     def sync_mode(self) -> None:
         """Write ``training`` and ``freeze_batchnorm`` into the graph where they differ from what stands there."""
-        learning = self.training and not self.freeze_batchnorm
+        learning = self._learning
         for graph_module in (self.graph_module, *([self._tapped[1]] if self._tapped else [])):
             _set_mode(graph_module, training=self.training, learning=learning)
         for module in self.graph_module.modules():
@@ -152,6 +168,10 @@ class Captured(nn.Module):
             if isinstance(enabled, Tensor) and bool(enabled[0]) != learning:
                 # Otherwise validation data would move the activation ranges.
                 enabled[0] = int(learning)
+
+    @property
+    def _learning(self) -> bool:
+        return self.training and not self.freeze_batchnorm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         twin = Captured(copy.deepcopy(self.graph_module, memo))

@@ -12,9 +12,13 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from compress.errors import EditError
+from compress.surgery.averages import find_averages
+from compress.surgery.compiled import drop_compiled, inside, original, successor
 from compress.surgery.history import Edit, Handler, History, replay
+from compress.surgery.progress import progress
+from compress.surgery.ranks import check_ranks
 from compress.surgery.relink import check_strategy, relink_trainer
-from compress.surgery.slicing import Slices
+from compress.surgery.slicing import Slices, apply_slices
 
 __all__ = ["ModelEditor", "example_inputs", "history_of", "progress"]
 
@@ -29,18 +33,6 @@ def history_of(pl_module: pl.LightningModule) -> History:
     if _HISTORY not in pl_module.__dict__:
         pl_module.__dict__[_HISTORY] = History()
     return pl_module.__dict__[_HISTORY]
-
-
-def progress(trainer: pl.Trainer) -> float:
-    """Return the fraction of training done, in [0, 1].
-
-    Raises:
-        EditError: when the Trainer has no end, so that no fraction exists.
-    """
-    total = trainer.estimated_stepping_batches
-    if total in (float("inf"), 0):
-        raise EditError("trainer.max_epochs: expected a bounded fit, got none. Set max_epochs or max_steps.")
-    return min(1.0, trainer.global_step / total)
 
 
 def example_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, ...]:
@@ -88,14 +80,19 @@ class ModelEditor(Callback):
         Callbacks of the Trainer that have a method ``on_before_edit(trainer, pl_module, edit)`` are called first. A
         module that has learned something on the network's channels has a method ``before_edit(edit, apply)``, which
         cuts it along and returns the slices by the names of the module's parameters; it is called at replay, too.
+        Averages of the weights follow, what ``torch.compile`` made of the network is made anew, and gradients under
+        accumulation are cut along.
 
         Args:
-            trainer: In the middle of a fit, between two optimiser steps.
+            trainer: In the middle of a fit, between two training steps.
             pl_module: Holds the network.
             plan: Called on rank 0 alone; ``None`` means that there is nothing to do.
 
         Returns:
             The edit as applied, or ``None``.
+
+        Raises:
+            EditError: when it does not fit, or the ranks' parameters differ after it.
         """
         edit = trainer.strategy.broadcast(plan() if trainer.is_global_zero else None, src=0)
         if edit is None:
@@ -104,12 +101,13 @@ class ModelEditor(Callback):
             if hasattr(callback, "on_before_edit"):
                 callback.on_before_edit(trainer, pl_module, edit)
         before = dict(pl_module.named_parameters())
-        slices = _carry_out(pl_module, self.attribute, edit, self.apply)
+        slices = _carry_out(trainer, pl_module, self.attribute, edit, self.apply)
         relink_trainer(trainer, pl_module, before, slices)
+        check_ranks(trainer, pl_module)
         return edit
 
     def network(self, pl_module: pl.LightningModule) -> nn.Module:
-        """Return the network that this callback edits.
+        """Return the network that this callback edits, without ``torch.compile``'s wrapper.
 
         Raises:
             EditError: when the module has no such attribute.
@@ -120,7 +118,7 @@ class ModelEditor(Callback):
                 f"{type(self).__name__}.attribute: expected the name of a network of {type(pl_module).__name__}, "
                 f"got {self.attribute!r}. Its networks are: {', '.join(dict(pl_module.named_children()))}."
             )
-        return network
+        return original(network)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange that a checkpoint's history is replayed before its weights are loaded."""
@@ -134,7 +132,7 @@ class ModelEditor(Callback):
         original = pl_module.on_load_checkpoint
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
-            self._replay(pl_module, checkpoint, handlers)
+            self._replay(trainer, pl_module, checkpoint, handlers)
             original(checkpoint)
 
         # Of all hooks, only the module's own runs between reading a checkpoint and loading its weights.
@@ -150,7 +148,13 @@ class ModelEditor(Callback):
         """Put the history into the checkpoint."""
         checkpoint[_KEY] = history_of(pl_module).to_list()
 
-    def _replay(self, pl_module: pl.LightningModule, checkpoint: dict[str, Any], handlers: dict[str, Handler]) -> None:
+    def _replay(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
+        handlers: dict[str, Handler],
+    ) -> None:
         done, wanted = list(history_of(pl_module)), list(History.from_list(checkpoint.get(_KEY, [])))
         if wanted[: len(done)] != done:
             raise EditError(
@@ -158,13 +162,29 @@ class ModelEditor(Callback):
                 "Build the network anew before loading this checkpoint."
             )
         for edit in wanted[len(done) :]:
-            _carry_out(pl_module, self.attribute, edit, lambda network, edit: replay(network, [edit], handlers))
+            apply: Handler = lambda network, edit: replay(network, [edit], handlers)  # noqa: E731
+            _carry_out(trainer, pl_module, self.attribute, edit, apply)
 
 
-def _carry_out(pl_module: pl.LightningModule, attribute: str, edit: Edit, apply: Handler) -> Slices:
-    """Apply an edit to a module's network and to what the module has learned on it; return all slices."""
+def _carry_out(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str, edit: Edit, apply: Handler
+) -> Slices:
+    """Apply an edit to a module's network, to what the module has learned on it and to averages; return all slices."""
+    History([*history_of(pl_module), edit])  # refuses an edit out of order before anything changes
+    averages = find_averages(trainer, pl_module, attribute)
     before: Any = getattr(pl_module, "before_edit", None)
-    slices: dict[str, Mapping[str, Sequence[int]]] = dict(before(edit, apply)) if before is not None else {}
-    setattr(pl_module, attribute, apply(getattr(pl_module, attribute), edit))
+    learned: dict[str, Mapping[str, Sequence[int]]] = dict(before(edit, apply)) if before is not None else {}
+    holder = getattr(pl_module, attribute)
+    edited = apply(original(holder), edit)
+    setattr(pl_module, attribute, successor(pl_module, holder, edited))
+    drop_compiled(pl_module)
     history_of(pl_module).append(edit)
-    return slices | {f"{attribute}.{name}": kept for name, kept in edit.data.get("slices", {}).items()}
+    kept = edit.data.get("slices", {})
+    slices = learned | {f"{attribute}.{inside(holder)}{name}": what for name, what in kept.items()}
+    for average in averages:
+        average.follow(edited, kept)
+        if isinstance(average.owner, pl.LightningModule):
+            apply_slices(average.owner, learned, {})
+        if average.prefix is not None:
+            slices |= {f"{average.prefix}{name}": what for name, what in kept.items()}
+    return slices

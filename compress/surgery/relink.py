@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from compress.errors import EditError
 from compress.surgery.slicing import Slices, slice_tensor
 
 __all__ = ["check_strategy", "relink_optimizer", "relink_trainer"]
+
+log = logging.getLogger(__name__)
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -24,8 +28,9 @@ def check_strategy(trainer: pl.Trainer) -> None:
     """
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         raise EditError(
-            f"trainer.strategy: expected a single device or ddp, got {type(trainer.strategy).__name__}. "
-            "Sharded parameters cannot change shape in mid-fit: prune before the fit, or use strategy: ddp."
+            f"trainer.strategy: expected a single device or ddp, got {type(trainer.strategy).__name__}. Sharded "
+            "parameters cannot change shape in mid-fit. Prune the plain network in one shot before the fit, with "
+            "compress.prune.plan_removal and apply_removal, and fit without the callback; or use strategy: ddp."
         )
 
 
@@ -34,8 +39,9 @@ def relink_optimizer(
 ) -> None:
     """Replace an optimiser's parameters by name and carry their state.
 
-    The optimiser and its groups stay the same objects, so learning-rate schedulers go on. The parameters of a group
-    end in the order of ``after``, which is the order a fresh optimiser would have: its state can be restored by index.
+    The optimiser and its groups stay the same objects, so learning-rate schedulers go on. Parameters that were in the
+    module's order end in the order of ``after``, which is the order a fresh optimiser would have: its state can be
+    restored by index. Parameters that did not change keep their very state.
 
     Args:
         optimizer: Its groups hold parameters of ``before``.
@@ -44,24 +50,60 @@ def relink_optimizer(
         slices: What was kept of each parameter; state tensors of a parameter's shape are sliced alike.
     """
     names = {id(parameter): name for name, parameter in before.items()}
-    order = {name: position for position, name in enumerate(after)}
+    changed = False
     for group in optimizer.param_groups:
-        kept: list[tuple[int, nn.Parameter]] = []
+        params: list[nn.Parameter] = []
         for old in group["params"]:
             name = names.get(id(old))
-            state = optimizer.state.pop(old, None)
-            if name is None or name not in after:
+            new = after.get(name) if name is not None else old  # one that is not the module's is none of our business
+            if new is not None:
+                params.append(new)
+            if new is old:
                 continue
-            new = after[name]
-            if state is not None:
-                optimizer.state[new] = {
-                    key: slice_tensor(value, slices.get(name, {}))
-                    if torch.is_tensor(value) and value.shape == old.shape
-                    else value
-                    for key, value in state.items()
-                }
-            kept.append((order[name], new))
-        group["params"] = [parameter for _, parameter in sorted(kept, key=lambda pair: pair[0])]
+            changed = True
+            state = optimizer.state.pop(old, None)
+            if state is not None and new is not None:
+                optimizer.state[new] = _carry(state, old, slices.get(str(name), {}))
+        # In place: an optimiser may hold the list itself, as LBFGS does.
+        group["params"][:] = _in_order(params, group["params"], before, after)
+    if changed and isinstance(optimizer, torch.optim.LBFGS):
+        # Its directions are vectors over all parameters: they begin anew.
+        optimizer.state.clear()
+        optimizer._numel_cache = None
+
+
+def _in_order(
+    new: list[nn.Parameter],
+    old: list[nn.Parameter],
+    before: Mapping[str, nn.Parameter],
+    after: Mapping[str, nn.Parameter],
+) -> list[nn.Parameter]:
+    """Order parameters as ``after`` does if they were in the order of ``before``; a user's own order stays."""
+    positions = {id(parameter): position for position, parameter in enumerate(before.values())}
+    given = [positions.get(id(parameter), -1) for parameter in old]
+    if -1 in given or given != sorted(given):
+        return new
+    order = {id(parameter): position for position, parameter in enumerate(after.values())}
+    return sorted(new, key=lambda parameter: order[id(parameter)])
+
+
+def _carry(state: Mapping[str, Any], old: Tensor, kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return a parameter's state cut along, or an empty one where something in it has a form of its own."""
+    if not kept:
+        return dict(state)
+    carried = {}
+    for key, value in state.items():
+        if not torch.is_tensor(value):
+            carried[key] = value
+        elif value.dim() == old.dim() and all(a in (b, 1) for a, b in zip(value.shape, old.shape)):
+            # Of the parameter's shape, or reduced over some dimensions, as Adafactor's moments.
+            carried[key] = slice_tensor(value, {d: k for d, k in kept.items() if value.shape[int(d)] > 1})
+        elif value.numel() == 1:
+            carried[key] = value
+        else:
+            log.warning("edit: the optimiser's %s has a form of its own and begins anew for a parameter", key)
+            return {}
+    return carried
 
 
 def relink_trainer(

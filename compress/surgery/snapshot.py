@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from compress.errors import EditError
+from compress.surgery.compiled import original
 from compress.surgery.history import Handler, History, replay
 
 __all__ = ["load_snapshot", "save_snapshot"]
@@ -26,7 +27,7 @@ def save_snapshot(path: str | Path, network: nn.Module, history: History) -> Non
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    state = {name: tensor.detach().cpu() for name, tensor in network.state_dict().items()}
+    state = {name: tensor.detach().cpu() for name, tensor in original(network).state_dict().items()}
     torch.save({"history": history.to_list(), "state_dict": state}, temporary)
     if len(history):
         history.save(path.with_suffix(".history.json"))

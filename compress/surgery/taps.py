@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from compress.errors import CaptureError
 
-__all__ = ["layer_names", "with_features"]
+__all__ = ["layer_names", "twin_graph", "with_features"]
 
 _STEPS_TO_NORM = 4  # what fake quantization puts between a convolution and the BatchNorm behind it, at most
 
@@ -24,6 +24,18 @@ def layer_names(graph_module: GraphModule) -> list[str]:
         for name in _stack(node):
             last[name] = position
     return sorted(last, key=lambda name: last[name])
+
+
+def twin_graph(graph_module: GraphModule) -> GraphModule:
+    """Return a graph of its own over the very parameters, buffers and submodules of another."""
+    twin = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    # The registries themselves, so that what is moved or replaced in one is moved in the other.
+    twin._parameters, twin._buffers, twin._modules = (
+        graph_module._parameters,
+        graph_module._buffers,
+        graph_module._modules,
+    )
+    return twin
 
 
 def with_features(graph_module: GraphModule, names: Sequence[str]) -> GraphModule:
@@ -39,13 +51,7 @@ def with_features(graph_module: GraphModule, names: Sequence[str]) -> GraphModul
     Raises:
         CaptureError: when a layer has left no operator in the graph.
     """
-    twin = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
-    # The registries themselves, so that what is moved or replaced in one is moved in the other.
-    twin._parameters, twin._buffers, twin._modules = (
-        graph_module._parameters,
-        graph_module._buffers,
-        graph_module._modules,
-    )
+    twin = twin_graph(graph_module)
     found = [_activation(twin, name) for name in names]
     output = next(node for node in twin.graph.nodes if node.op == "output")
     codegen: Any = twin.graph._codegen

@@ -1,0 +1,55 @@
+"""How far a fit has got, whichever way its end is set and whoever steps its optimisers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
+
+from compress.errors import EditError
+
+__all__ = ["progress"]
+
+
+def progress(trainer: pl.Trainer) -> float:
+    """Return the fraction of training done, in [0, 1]; it never falls during a fit.
+
+    With one optimiser that Lightning steps, it is the fraction of optimiser steps. In manual optimisation Lightning
+    counts every optimiser's steps, and while accumulation is scheduled a step changes its size: there it is the
+    fraction of batches, or of ``max_steps`` where that limit comes first.
+
+    Raises:
+        EditError: when the Trainer has no end, so that no fraction exists.
+    """
+    if _steps_are_even(trainer):
+        total = trainer.estimated_stepping_batches
+        fractions = [trainer.global_step / total] if total not in (float("inf"), 0, -1) else []
+    else:
+        fractions = _fractions(trainer)
+    if not fractions:
+        raise EditError("trainer.max_epochs: expected a bounded fit, got none. Set max_epochs or max_steps.")
+    return min(1.0, max(fractions))
+
+
+def _steps_are_even(trainer: pl.Trainer) -> bool:
+    if not trainer.lightning_module.automatic_optimization:
+        return False
+    schedules = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
+    return all(len(schedule.scheduling) == 1 for schedule in schedules)
+
+
+def _fractions(trainer: pl.Trainer) -> list[float]:
+    fractions = []
+    if trainer.max_steps != -1:
+        fractions.append(trainer.global_step / max(1, trainer.max_steps))
+    if trainer.max_epochs not in (None, -1):
+        if trainer.train_dataloader is None:
+            trainer.fit_loop.setup_data()  # as Lightning does when asked for its number of steps
+        batches = trainer.num_training_batches
+        if batches not in (float("inf"), 0):
+            epochs: Any = trainer.fit_loop.epoch_progress.current
+            begun = epochs.started > epochs.completed  # otherwise the last epoch's count of batches still stands there
+            done = epochs.completed * batches + (trainer.fit_loop.epoch_loop.batch_idx if begun else 0)
+            fractions.append(done / (batches * max(1, trainer.max_epochs or 1)))
+    return fractions
