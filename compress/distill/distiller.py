@@ -23,6 +23,7 @@ from compress.distill.schedulers import LearningRateSchedule
 from compress.distill.sources import TeacherSource, make_source
 from compress.distill.tasks import Task
 from compress.errors import RecipeError
+from compress.measure.modes import kept_modes
 from compress.surgery import Edit, apply_slices
 from compress.surgery.compiled import original
 from compress.surgery.progress import progress
@@ -135,13 +136,9 @@ class Distiller(pl.LightningModule):
         if not any(ours or theirs for ours, theirs in needed):
             return
         self._example = self._arrange(read_batch(example()))
-        modes = {module: module.training for module in self.student.modules()}
-        self.student.eval()
-        with torch.no_grad():
+        with torch.no_grad(), kept_modes(self.student, training=False):
             student = self._taps(self.student, *self._example.inputs, **self._example.named)
             teachers = self._teach(self._example)[0]
-        for module, training in modes.items():
-            module.training = training
         for loss in self._each_loss():
             loss.build(student, teachers[0] if teachers else View(None), self.teacher)
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from compress.measure.modes import kept_modes
+
 __all__ = ["macs", "num_bytes", "num_params", "widths"]
 
 
@@ -38,15 +40,9 @@ def macs(network: nn.Module, inputs: Sequence[Tensor]) -> int:
         >>> macs(nn.Linear(3, 2), [torch.ones(1, 3)])
         6
     """
-    modes = [(module, module.training) for module in network.modules()]
     counter = FlopCounterMode(display=False)
-    try:
-        with torch.no_grad(), _without_fused_layers(), counter:
-            network.eval()(*inputs)
-    finally:
-        # By attribute, since train() would set all children alike (and captured graphs refuse it below the top).
-        for module, mode in modes:
-            module.training = mode
+    with kept_modes(network, training=False), torch.no_grad(), _without_fused_layers(), counter:
+        network(*inputs)
     return counter.get_total_flops() // 2
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compress.errors import EditError
+from compress.measure.modes import kept_modes
 from compress.prune.coupling import Coupling, Group, read_coupling, static_program
 from compress.surgery import Captured
 
@@ -74,11 +75,8 @@ def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str]
 def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
     if isinstance(network, Captured):
         return copy.deepcopy(network.graph_module)
-    training = network.training
-    try:
-        return static_program(network.eval(), inputs).module(check_guards=False)  # type: ignore[return-value]
-    finally:
-        network.train(training)
+    with kept_modes(network, training=False):
+        return static_program(network, inputs).module(check_guards=False)  # type: ignore[return-value]
 
 
 def _named(network: nn.Module, coupling: Coupling, ignore: frozenset[str]) -> dict[str, Group]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from compress.measure.modes import kept_modes
 from compress.surgery import Captured
 
 __all__ = ["recalibrate"]
@@ -31,13 +32,14 @@ def recalibrate(network: nn.Module, batches: Sequence[Sequence[Tensor]]) -> nn.M
         >>> recalibrate(norm, [(torch.tensor([[1.0], [3.0]]),), (torch.tensor([[5.0], [7.0]]),)]).running_mean
         tensor([4.])
     """
-    run, set_momentum, restore = _captured(network) if isinstance(network, Captured) else _module(network)
-    try:
-        for number, inputs in enumerate(batches, start=1):
-            set_momentum(1 / number)  # a mean over batches: the first replaces what was there
-            run(*inputs)
-    finally:
-        restore()
+    with kept_modes(network):
+        run, set_momentum, restore = _captured(network) if isinstance(network, Captured) else _module(network)
+        try:
+            for number, inputs in enumerate(batches, start=1):
+                set_momentum(1 / number)  # a mean over batches: the first replaces what was there
+                run(*inputs)
+        finally:
+            restore()
     return network
 
 
@@ -46,7 +48,8 @@ Parts = tuple[Callable[..., object], Callable[[float], None], Callable[[], None]
 
 def _module(network: nn.Module) -> Parts:
     norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    modes = [(module, module.training) for module in network.modules()]
+    if network.training:
+        norms = [norm for norm in norms if norm.training]  # the others are frozen by the user
     before = [norm.momentum for norm in norms]
     network.eval()
     for norm in norms:
@@ -59,16 +62,13 @@ def _module(network: nn.Module) -> Parts:
     def restore() -> None:
         for norm, momentum in zip(norms, before):
             norm.momentum = momentum
-        for module, mode in modes:
-            module.training = mode
 
     return network, set_momentum, restore
 
 
 def _captured(network: Captured) -> Parts:
     graph = network.graph_module
-    mode = network.training
-    network.training = False
+    network.train(False)
     network.sync_mode()
     nodes = [node for node in graph.graph.nodes if node.target is _NORM and node.args[3] is not None]
     before = [node.args[_MOMENTUM] for node in nodes]
@@ -84,6 +84,5 @@ def _captured(network: Captured) -> Parts:
             node.update_arg(_TRAINING, False)
             node.update_arg(_MOMENTUM, momentum)
         graph.recompile()
-        network.training = mode
 
     return graph, set_momentum, restore

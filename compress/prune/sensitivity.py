@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compress.measure.modes import kept_modes
 from compress.prune.anatomy import Anatomy
 from compress.prune.planner import least
 
@@ -166,16 +167,12 @@ def divergence(network: nn.Module, batches: Sequence[Sequence[Tensor]]) -> Calla
 @contextmanager
 def judging(network: nn.Module) -> Iterator[None]:
     """Hold a network in eval mode, without gradients; its modes and buffers and the random states stay as they are."""
-    modes = [(module, module.training) for module in network.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in network.buffers()]  # a captured graph counts batches in eval, too
     devices = {tensor.device.index or 0 for tensor in network.parameters() if tensor.is_cuda}
-    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
-        network.eval()
+    with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)), kept_modes(network, training=False):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for buffer, value in buffers:
                 buffer.copy_(value)
 

@@ -264,3 +264,16 @@ def test_an_edit_every_epoch() -> None:
 def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         StructuredPruning(**arguments)
+
+
+def test_frozen_norms_stay_frozen_through_an_edit() -> None:
+    torch.manual_seed(0)
+    network = Residual()
+    network.norm1.eval()
+    before = network.norm1.running_mean.clone()  # type: ignore[union-attr]
+    module = Foreign(network)
+    fit(module, pruning(schedule="one_shot", removal=Removal(recalibrate=2)))
+    kept = next(iter(history_of(module))).data["slices"]["norm1.running_mean"]["0"]
+    assert not network.norm1.training
+    assert torch.equal(network.norm1.running_mean, before[kept])  # type: ignore[arg-type]
+    assert network.norm.training

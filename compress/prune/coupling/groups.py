@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from compress.errors import CaptureError
+from compress.measure.modes import kept_modes
 from compress.prune.coupling.walk import Labels, walk
 
 __all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "static_program"]
@@ -125,9 +126,8 @@ def find_coupling(network: nn.Module, inputs: Sequence[Tensor]) -> Coupling:
         >>> [(group.name, group.width, sorted(group.slots)) for group in find_coupling(net, [torch.ones(2, 3)]).groups]
         [('0', 4, [('0.bias', 0), ('0.weight', 0), ('2.weight', 1)])]
     """
-    training = network.training
-    program = static_program(network.eval(), inputs)
-    network.train(training)
+    with kept_modes(network, training=False):
+        program = static_program(network, inputs)
     return read_coupling(program.module(check_guards=False))
 
 
