@@ -1,4 +1,7 @@
-"""Run by test_ddp.py: a fit on two processes that prunes, then quantises; each rank writes what it ended with."""
+"""Run by test_ddp.py: a fit on two processes that prunes, then quantises; each rank writes what it ended with.
+
+Gradients are accumulated over two batches, and an average of the weights follows.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
 from compress.prune import StructuredPruning
@@ -42,7 +45,7 @@ def main(folder: Path) -> None:
         teacher=Residual(8),
         losses=[SoftTarget(weight=0.5)],
     )
-    compare = Compare()
+    compare, average = Compare(), EMAWeightAveraging(decay=0.5)
     trainer = pl.Trainer(
         max_epochs=4,
         accelerator="cpu",
@@ -53,20 +56,26 @@ def main(folder: Path) -> None:
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
+        accumulate_grad_batches=2,
         default_root_dir=folder,
         callbacks=[
-            StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=2, round_to=4),
+            StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=3, round_to=2),
             QuantizationAwareTraining(start=0.6, freeze_batchnorm=0.9),
+            average,
             compare,
         ],
     )
     trainer.fit(module, loader(num=96), loader(seed=1, shuffle=False))
+    assert average._average_model is not None
     torch.save(
         {
             "apart": compare.apart,
             "edits": compare.kinds,
             "history": history_of(module).to_list(),
             "state": {name: tensor.clone() for name, tensor in module.student.named_parameters()},
+            "average": {
+                name: p.detach().clone() for name, p in average._average_model.module.student.named_parameters()
+            },
             "moments": len(trainer.optimizers[0].state),
         },
         folder / f"rank{trainer.global_rank}.pt",
