@@ -26,8 +26,8 @@ from compress.errors import RecipeError
 from compress.measure.modes import kept_modes
 from compress.surgery import Edit, apply_slices
 from compress.surgery.compiled import original
-from compress.surgery.progress import progress
 from compress.surgery.slicing import Slices
+from compress.surgery.timeline import progress
 
 __all__ = ["Distiller", "MakeOptimizer", "MakeScheduler", "check_weights"]
 

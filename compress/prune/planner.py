@@ -19,10 +19,10 @@ from compress.prune.attributes import attribute_candidates, follow_shapes
 from compress.prune.blocks import check_blocks, find_blocks, remove_blocks, skip_blocks
 from compress.prune.coupling import Group, read_coupling, resize
 from compress.prune.criteria import score_groups
-from compress.surgery import Captured, apply_slices, capture
+from compress.surgery import Captured, Edit, apply_slices, capture
 from compress.surgery.slicing import Slices, check_shapes, shapes_of
 
-__all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal"]
+__all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal", "replay_prune"]
 
 
 def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> list[Group]:
@@ -165,6 +165,11 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
     _shrink(network.graph_module, data["slices"])
     network.forget_taps()
     return network
+
+
+def replay_prune(network: nn.Module, edit: Edit) -> nn.Module:
+    """Carry out an edit of kind ``"prune"``."""
+    return apply_removal(network, edit.data)
 
 
 def _with_ties(network: nn.Module, slices: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, list[int]]]:

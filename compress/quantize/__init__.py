@@ -1,8 +1,15 @@
 """Integers instead of floats: schemes, PT2E preparation and conversion, and quantization-aware training."""
 
-from compress.quantize.callback import QuantizationAwareTraining
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from compress.quantize.pt2e import convert, prepare, replay_quantize
 from compress.quantize.schemes import SCHEMES, Scheme, get_scheme
+
+if TYPE_CHECKING:
+    from compress.quantize.callback import QuantizationAwareTraining
 
 __all__ = [
     "SCHEMES",
@@ -13,3 +20,12 @@ __all__ = [
     "prepare",
     "replay_quantize",
 ]
+
+_LAZY = {"QuantizationAwareTraining": "compress.quantize.callback"}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: a pruned network is rebuilt without Lightning.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

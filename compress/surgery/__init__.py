@@ -4,14 +4,21 @@ Pruning and quantization both enter a fit by one door, ``ModelEditor.edit``: the
 into the ``History``, applied on every rank, and optimisers and DDP are re-linked once.
 """
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from compress.surgery.capture import Captured, capture
-from compress.surgery.editor import ModelEditor, history_of
 from compress.surgery.history import Edit, History, replay
-from compress.surgery.progress import progress
 from compress.surgery.rebuild import rebuild
-from compress.surgery.resume import RandomStates, ResumePoint
 from compress.surgery.slicing import apply_slices
 from compress.surgery.snapshot import load_snapshot, save_snapshot
+
+if TYPE_CHECKING:
+    from compress.surgery.editor import ModelEditor, history_of
+    from compress.surgery.resume import RandomStates, ResumePoint
+    from compress.surgery.timeline import progress
 
 __all__ = [
     "Captured",
@@ -29,3 +36,18 @@ __all__ = [
     "replay",
     "save_snapshot",
 ]
+
+_LAZY = {
+    "ModelEditor": "compress.surgery.editor",
+    "RandomStates": "compress.surgery.resume",
+    "ResumePoint": "compress.surgery.resume",
+    "history_of": "compress.surgery.editor",
+    "progress": "compress.surgery.timeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Lazily: a pruned network is rebuilt without Lightning.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import nn
 from torch._dynamo import OptimizedModule
 
 from compress.surgery.capture import Captured
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 __all__ = ["drop_compiled", "inside", "original", "successor"]
 

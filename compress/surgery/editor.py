@@ -15,10 +15,10 @@ from compress.errors import EditError
 from compress.surgery.averages import find_averages
 from compress.surgery.compiled import drop_compiled, inside, original, successor
 from compress.surgery.history import Edit, Handler, History, replay
-from compress.surgery.progress import progress
 from compress.surgery.ranks import check_ranks
 from compress.surgery.relink import check_strategy, relink_trainer
 from compress.surgery.slicing import Slices, apply_slices
+from compress.surgery.timeline import progress
 
 __all__ = ["ModelEditor", "example_inputs", "history_of", "progress"]
 

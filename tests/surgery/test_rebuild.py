@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,46 @@ def test_a_plain_state_dict_and_a_json_history_are_enough(
     assert torch.equal(again.eval()(x), pruned.eval()(x))
     for name, tensor in original.state_dict().items():
         assert torch.equal(tensor, before[name]), f"{name} of the argument has changed"
+
+
+WITHOUT_LIGHTNING = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Absent(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("pytorch_lightning", "lightning", "lightning_fabric", "torch_pruning"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import torch
+from torch import nn
+import compress
+
+network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+network = compress.rebuild(network, sys.argv[1])
+network.load_state_dict(torch.load(sys.argv[2], weights_only=True))
+print(network(torch.ones(2, 3)).tolist())
+"""
+
+
+def test_lightning_need_not_be_installed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = plan_removal(network, [torch.ones(2, 3)], {"0": 4})
+    assert data is not None
+    history, weights = tmp_path / "history.json", tmp_path / "weights.pt"
+    History([Edit("prune", data)]).save(history)
+    pruned = replay_prune(network, Edit("prune", data))
+    torch.save(pruned.state_dict(), weights)
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIGHTNING, str(history), str(weights)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout) == pruned(torch.ones(2, 3)).tolist()
 
 
 def test_a_list_a_history_and_a_handler_of_ones_own() -> None:
