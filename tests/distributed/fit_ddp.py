@@ -67,15 +67,14 @@ def main(folder: Path) -> None:
     )
     trainer.fit(module, loader(num=96), loader(seed=1, shuffle=False))
     assert average._average_model is not None
+    twin: Any = average._average_model.module
     torch.save(
         {
             "apart": compare.apart,
             "edits": compare.kinds,
             "history": history_of(module).to_list(),
             "state": {name: tensor.clone() for name, tensor in module.student.named_parameters()},
-            "average": {
-                name: p.detach().clone() for name, p in average._average_model.module.student.named_parameters()
-            },
+            "average": {name: p.detach().clone() for name, p in twin.student.named_parameters()},
             "moments": len(trainer.optimizers[0].state),
         },
         folder / f"rank{trainer.global_rank}.pt",
