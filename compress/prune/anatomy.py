@@ -31,6 +31,7 @@ class Anatomy:
         coupling: What belongs together in it.
         groups: Groups of units that may be removed, by names of their own: the first layer whose outputs they are.
         ignore: Names of layers that are to stay.
+        heads: What goes of attention's heads: ``"whole"`` ones, or ``"width"`` of all.
     """
 
     network: nn.Module
@@ -39,6 +40,7 @@ class Anatomy:
     coupling: Coupling
     groups: dict[str, Group]
     ignore: frozenset[str] = frozenset()
+    heads: str = "whole"
 
     @property
     def widths(self) -> dict[str, int]:
@@ -46,7 +48,7 @@ class Anatomy:
         return {name: group.width for name, group in self.groups.items()}
 
 
-def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> Anatomy:
+def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = (), heads: str = "whole") -> Anatomy:
     """Find out what can be removed from a network.
 
     Args:
@@ -54,22 +56,26 @@ def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str]
         inputs: Example inputs, at least two samples each.
         ignore: Names of layers whose outputs stay; a name also stands for everything below it. Output layers are
             ignored in any case.
+        heads: ``"whole"``: heads of attention are units; ``"width"``: all heads stay, and a unit is the same place in
+            each of them, of queries and keys or of values. Scores keep their scale.
 
     Raises:
         CaptureError: when the network cannot be exported.
-        EditError: when a name to ignore does not exist.
+        EditError: when a name to ignore does not exist, or ``heads`` is neither.
 
     Example:
         >>> import torch
         >>> study(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), [torch.ones(2, 3)]).widths
         {'0': 4}
     """
+    if heads not in ("whole", "width"):
+        raise EditError(f"prune.heads: expected 'whole' or 'width', got {heads!r}. Choose one.")
     ignore = frozenset(ignore)
     graph = _graph(network, inputs)
-    coupling = read_coupling(graph)
+    coupling = read_coupling(graph, heads=heads)
     for operator, line in coupling.unknown.items():
         log.warning("prune: %s has no rule, so what it touches stays (%s)", operator, line)
-    return Anatomy(network, tuple(inputs), graph, coupling, _named(network, coupling, ignore), ignore)
+    return Anatomy(network, tuple(inputs), graph, coupling, _named(network, coupling, ignore), ignore, heads)
 
 
 def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:

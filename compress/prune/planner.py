@@ -7,7 +7,7 @@ are written into the code; which of the two is found by trying both and comparin
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ def describe_removal(
 
     Returns:
         ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs",
-        "shapes": {tensor: shape before}}``, with ``"blocks"`` where some go; ``None`` when nothing is to be removed.
+        "shapes": {tensor: shape before}}``, with ``"blocks"`` where some go and ``"heads"`` where they lose width;
+        ``None`` when nothing is to be removed.
 
     Raises:
         EditError: when a block is none that may be removed, or what is left does not run.
@@ -126,17 +127,19 @@ def describe_removal(
         slices.setdefault(name, {})[str(dim)] = [i for i in range(size) if i not in absent]
     network = anatomy.network
     slices = _with_ties(network, slices)
-    reference = _shrink(reference, slices)
+    reference = _shrink(reference, slices, anatomy.heads)
     described = [[list(tensor.shape), str(tensor.dtype).removeprefix("torch.")] for tensor in anatomy.inputs]
     shapes = shapes_of(network, slices)
     data: dict[str, Any] = {"slices": slices, "widths": widths, "inputs": described, "shapes": shapes}
     if blocks:
         data["blocks"] = list(blocks)
+    if anatomy.heads != "whole":
+        data["heads"] = anatomy.heads
     if isinstance(network, Captured):
         attributes = None
     else:
         lost = _tensors(anatomy.graph) - present
-        attributes = _attributes(network, slices, blocks, anatomy.inputs, reference, lost)
+        attributes = _attributes(anatomy, slices, blocks, reference, lost)
     if attributes is None:
         return {**data, "attributes": {}, "form": "graph"}
     return {**data, "attributes": attributes, "form": "module"}
@@ -162,7 +165,7 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
         network = capture(network, inputs, mode="eval")
     if blocks:
         remove_blocks(network.graph_module, blocks)
-    _shrink(network.graph_module, data["slices"])
+    _shrink(network.graph_module, data["slices"], data.get("heads", "whole"))
     network.forget_taps()
     return network
 
@@ -179,11 +182,11 @@ def _with_ties(network: nn.Module, slices: dict[str, dict[str, list[int]]]) -> d
     return {listed[id(every[name])] if name in every else name: kept for name, kept in slices.items()}
 
 
-def _shrink(graph: GraphModule, slices: Slices) -> GraphModule:
+def _shrink(graph: GraphModule, slices: Slices, heads: str) -> GraphModule:
     """Remove slices from a graph's parameters and write the new sizes into it."""
     if not slices:
         return graph
-    labels = read_coupling(graph).labels
+    labels = read_coupling(graph, heads=heads).labels
     removed = []
     for name, dims in slices.items():
         for dim, kept in dims.items():
@@ -202,20 +205,16 @@ def _tensors(network: nn.Module) -> set[str]:
 
 
 def _attributes(
-    network: nn.Module,
-    slices: Slices,
-    blocks: Sequence[str],
-    inputs: Sequence[Tensor],
-    reference: GraphModule,
-    lost: set[str],
+    anatomy: Anatomy, slices: Slices, blocks: Sequence[str], reference: GraphModule, lost: set[str]
 ) -> dict[str, dict[str, Any]] | None:
     """Return the attributes with which the module computes what the shrunk graph does, or none where no such are."""
+    network, inputs = anatomy.network, anatomy.inputs
     with torch.no_grad():
         expected = _flat(reference(*inputs))
     plain = skip_blocks(copy.deepcopy(network).eval(), blocks)
     if lost & _tensors(plain):
         return None  # they would stay without a use, which DDP refuses
-    for guesses in ({}, attribute_candidates(network, _changed_sizes(network, slices))):
+    for guesses in ({}, attribute_candidates(network, _changed_sizes(network, slices, anatomy.heads))):
         twin = apply_slices(copy.deepcopy(plain), slices, {})
         attributes = {**follow_shapes(twin)}
         for name, values in guesses.items():
@@ -234,8 +233,9 @@ def _attributes(
     return None
 
 
-def _changed_sizes(network: nn.Module, slices: Slices) -> dict[str, dict[int, int]]:
+def _changed_sizes(network: nn.Module, slices: Slices, heads: str) -> dict[str, dict[int, int]]:
     """Return old and new sizes of what changes in or below each module, and the same divided into heads."""
+    per_head = _PER_HEAD[heads]
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     changes: dict[str, dict[int, int]] = {"": {}}
     for name, dims in slices.items():
@@ -257,9 +257,17 @@ def _changed_sizes(network: nn.Module, slices: Slices) -> dict[str, dict[int, in
                 and name in changes
             ):
                 for old, new in list(changes[name].items()):
-                    if old % value == 0 and new % (old // value) == 0 and old > value:
-                        changes[name].setdefault(value, new // (old // value))
+                    if old % value == 0 and old > value:
+                        for before, after in per_head(value, old // value, new):
+                            changes[name].setdefault(before, after)
     return changes
+
+
+# From the number of heads, their width and what both of them make in the end: an old and a new size.
+_PER_HEAD: dict[str, Callable[[int, int, int], list[tuple[int, int]]]] = {
+    "whole": lambda num, width, left: [(num, left // width)] if left % width == 0 else [],
+    "width": lambda num, width, left: [(width, left // num)] if left % num == 0 else [],
+}
 
 
 def _alike(got: Tensor, expected: Tensor) -> bool:

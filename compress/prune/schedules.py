@@ -81,6 +81,7 @@ def timetable(
     num_edits: int | str,
     steps: float = math.inf,
     epochs: float = math.inf,
+    where: str = "prune",
 ) -> Timetable:
     """Return when edits are due and how much is gone after each.
 
@@ -91,6 +92,7 @@ def timetable(
         num_edits: How many, or how often: ``"200 steps"``, ``"2 epochs"``.
         steps: Optimiser steps of the fit.
         epochs: Epochs of the fit.
+        where: The section of the recipe that errors name.
 
     Raises:
         RecipeError: when a value is out of range.
@@ -104,48 +106,50 @@ def timetable(
         [(0.1, 0.5), (0.3, 1.0)]
     """
     if not isinstance(schedule, str):
-        return _points(schedule)
+        return _points(schedule, where)
     if schedule not in SCHEDULES:
         raise RecipeError(
-            f"prune.schedule: expected one of {', '.join(SCHEDULES)}, or points, got {schedule!r}. Choose one."
+            f"{where}.schedule: expected one of {', '.join(SCHEDULES)}, or points, got {schedule!r}. Choose one."
         )
     if not 0 <= start <= end < 1:
         raise RecipeError(
-            f"prune.start, prune.end: expected 0 <= start <= end < 1, got {start} and {end}. "
+            f"{where}.start, {where}.end: expected 0 <= start <= end < 1, got {start} and {end}. "
             "Leave time after the end for recovery."
         )
     if schedule == "one_shot":
         return [(start, 1.0)]
-    number, gap = _spacing(num_edits, start, end, steps, epochs)
+    number, gap = _spacing(num_edits, start, end, steps, epochs, where)
     return [(start + index * gap, SCHEDULES[schedule]((index + 1) / number)) for index in range(number)]
 
 
-def _points(points: Sequence[Sequence[float]]) -> Timetable:
+def _points(points: Sequence[Sequence[float]], where: str) -> Timetable:
     pairs = [(float(point[0]), float(point[1])) for point in points if len(point) == 2]
     rising = all(a[0] < b[0] and a[1] <= b[1] for a, b in itertools.pairwise(pairs))
     inside = all(0 <= when < 1 and 0 < much <= 1 for when, much in pairs)
     if not pairs or len(pairs) < len(points) or not rising or not inside or pairs[-1][1] != 1:
         raise RecipeError(
-            "prune.schedule: expected rising points [progress in [0, 1), fraction in (0, 1]] that end with fraction 1, "
-            f"got {[list(point) for point in points]}. Use [[0.2, 0.5], [0.4, 1.0]], say."
+            f"{where}.schedule: expected rising points [progress in [0, 1), fraction in (0, 1]] that end with "
+            f"fraction 1, got {[list(point) for point in points]}. Use [[0.2, 0.5], [0.4, 1.0]], say."
         )
     return pairs
 
 
-def _spacing(num_edits: int | str, start: float, end: float, steps: float, epochs: float) -> tuple[int, float]:
+def _spacing(
+    num_edits: int | str, start: float, end: float, steps: float, epochs: float, where: str
+) -> tuple[int, float]:
     """Return the number of edits and the progress between two of them."""
     if isinstance(num_edits, str) and not num_edits.isdigit():
         match = re.fullmatch(r"(\d+) (step|epoch)s?", num_edits.strip())
         if match is None or int(match[1]) < 1:
             raise RecipeError(
-                f"prune.num_edits: expected a number, or '200 steps', or '2 epochs', got {num_edits!r}. Use 5, say."
+                f"{where}.num_edits: expected a number, or '200 steps', or '2 epochs', got {num_edits!r}. Use 5, say."
             )
         total = steps if match[2] == "step" else epochs
         gap = int(match[1]) / total
         return (math.floor((end - start) / gap + 1e-9) + 1 if gap > 0 else 1), gap
     number = int(num_edits)
     if number < 1:
-        raise RecipeError(f"prune.num_edits: expected at least 1, got {num_edits}. Use 1 or more.")
+        raise RecipeError(f"{where}.num_edits: expected at least 1, got {num_edits}. Use 1 or more.")
     return number, (end - start) / max(1, number - 1)
 
 

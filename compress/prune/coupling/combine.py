@@ -111,6 +111,7 @@ def _meet_singles(units: Units, seen: Sequence[_Seen], letter: str, where: str) 
     first = found[0]
     for labels in found[1:]:
         units.unite(first, labels)
+    stays = False
     for entry in seen:
         if letter in entry.singles or letter not in entry.operand.letters:
             continue
@@ -122,9 +123,11 @@ def _meet_singles(units: Units, seen: Sequence[_Seen], letter: str, where: str) 
         dim = list(entry.operand.letters).index(letter)
         if letter in entry.owns:
             units.protect(first, f"{where}: it meets values that have no counterpart to remove")
+            stays = True
         elif dim in entry.operand.value.uniform and entry.operand.value.shape[dim] > 1:
             entry.operand.value.adopt(units, dim, first)
-    return first
+    # Where heads stay, what stays with them must not be mistaken for a second family of their columns.
+    return None if stays and units.heads == "width" else first
 
 
 def _meet_joints(units: Units, seen: Sequence[_Seen], key: Key, sizes: dict[str, int], where: str) -> Tensor:
@@ -159,9 +162,12 @@ def _carry_on(
         return
     if not kept:
         return
-    # A row is gone when all of it is: a label of its own, tied to whole rows.
     shape = [labels.shape[i] for i in kept]
     rows = labels.permute(*_first(kept, labels.dim())).reshape(torch.Size(shape).numel(), -1)
+    if units.heads == "width":
+        units.blocks.append(Block(rows, rows=1, where=where))
+        return
+    # A row is gone when all of it is: a label of its own, tied to whole rows.
     tags = units.fresh(len(rows))
     units.blocks.append(Block(rows, [(0, tags)], rows=0, where=where))
     if len(kept) == 1:

@@ -111,12 +111,13 @@ def _place(lines: Sequence[str]) -> str:
     return ""
 
 
-def find_coupling(network: nn.Module, inputs: Sequence[Tensor]) -> Coupling:
+def find_coupling(network: nn.Module, inputs: Sequence[Tensor], *, heads: str = "whole") -> Coupling:
     """Find the groups of slices that must be removed together.
 
     Args:
         network: Left untouched; on the meta device too.
         inputs: Small example inputs.
+        heads: ``"whole"``: heads of attention go whole; ``"width"``: all stay and lose the same places.
 
     Raises:
         CaptureError: when the network cannot be exported.
@@ -128,13 +129,13 @@ def find_coupling(network: nn.Module, inputs: Sequence[Tensor]) -> Coupling:
     """
     with kept_modes(network, training=False):
         program = static_program(network, inputs)
-    return read_coupling(program.module(check_guards=False))
+    return read_coupling(program.module(check_guards=False), heads=heads)
 
 
-def read_coupling(graph_module: GraphModule) -> Coupling:
+def read_coupling(graph_module: GraphModule, *, heads: str = "whole") -> Coupling:
     """Find the groups of a graph, as an exported program's ``module()`` or ``Captured`` gives it."""
     with torch.device("cpu"):  # labels are numbers, also of a network that has none
-        labels = walk(graph_module)
+        labels = walk(graph_module, heads)
         labels.units.settle()
         every = list(_groups(labels))
     shapes = {name: tuple(parameter.shape) for name, parameter in graph_module.named_parameters()}

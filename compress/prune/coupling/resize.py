@@ -237,6 +237,13 @@ def _convolution(transposed: bool) -> Callable[..., None]:
     return rewrite
 
 
+def _attention(node: Node, labels: Labels, left: _Left, values: Sequence[Value], shapes: Any) -> None:
+    query = _given(node, labels)
+    if left.shape(query)[-1] is not None and node.kwargs.get("scale") is None:
+        # The operator would take the scale from the narrower head, and scores would be others.
+        node.update_kwarg("scale", query.shape[-1] ** -0.5)
+
+
 def _channel_tile(node: Node, labels: Labels, left: _Left, values: Sequence[Value], shapes: Any) -> None:
     source, new = left.shape(_given(node, labels)), shapes[0]
     if any(size is not None for size in new) and all(size is None for size in source):
@@ -275,6 +282,7 @@ _REWRITES: dict[Any, Callable[..., None]] = {
     aten.select.int: _select,
     aten.group_norm.default: _group_norm,
     aten.layer_norm.default: _layer_norm,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.rms_norm.default: _layer_norm,
     aten.repeat.default: _channel_tile,
     aten.index.Tensor: _lookup,

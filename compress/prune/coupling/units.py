@@ -24,7 +24,8 @@ class Block:
     Args:
         labels: Shape (n1, n2, ...), two axes or more.
         tags: Labels that belong to the whole row at each index of an axis: ``(axis, labels of shape (n_axis,))``.
-        rows: The axis whose rows are meant to go whole (heads of attention, groups of a normalisation), or none.
+        rows: The axis whose rows are meant to go whole (heads of attention, groups of a normalisation, the same place
+            in every head where heads are to become narrower), or none.
         where: Name of the node that made it.
     """
 
@@ -35,9 +36,15 @@ class Block:
 
 
 class Units:
-    """Labels, united where they must be removed together, with the reasons why some must stay."""
+    """Labels, united where they must be removed together, with the reasons why some must stay.
 
-    def __init__(self) -> None:
+    Args:
+        heads: ``"whole"``: where a product ends some of the dimensions along which labels vary together, as attention's
+            scores do with a head's width, rows of them go whole; ``"width"``: all rows stay and lose the same columns.
+    """
+
+    def __init__(self, heads: str = "whole") -> None:
+        self.heads = heads
         self._parent = np.arange(1024)
         self._num = 1  # label 0 stands for none
         self._reasons: dict[int, str] = {}
@@ -108,13 +115,10 @@ class Units:
         Blocks with an axis of their own decide first. The others go by columns of their longest axis, which leaves the
         most units, unless what has been united before already makes them rectangles.
         """
-        for block in sorted(self.blocks, key=lambda block: block.rows is None):
+        narrow = self.heads == "width"
+        for block in sorted(self.blocks, key=lambda block: (block.rows is None, not (narrow and block.tags))):
             labels = self.find(block.labels.contiguous())
-            axis = block.rows
-            if axis is None:
-                axis = next((a for a in range(labels.dim()) if _constant_but(labels, a)), None)
-            if axis is None:
-                axis = max(range(labels.dim()), key=lambda a: labels.shape[a])
+            axis = self._axis(block, labels)
             row = labels.movedim(axis, 0).flatten(1)
             self.unite(row, row[:, :1])
             for tagged, tags in block.tags:
@@ -131,6 +135,21 @@ class Units:
         if self._num_units() != before:
             self.settle()
 
+    def _axis(self, block: Block, labels: Tensor) -> int:
+        """Return the axis whose rows go whole."""
+        if block.rows is not None:
+            return block.rows
+        every = range(labels.dim())
+        constant = [a for a in every if _constant_but(labels, a)]
+        if constant:
+            return constant[0]
+        if self.heads == "whole":
+            return max(every, key=lambda a: labels.shape[a])
+        # Heads may be more than they are wide, and of their columns some are united already.
+        fixed = {axis for axis, tags in block.tags if not bool(tags.any())}
+        free = [a for a in every if a not in fixed] or every
+        return max(free, key=lambda a: (_num_apart(labels, a), a))  # a head's width is the inner one
+
     def _num_units(self) -> int:
         return int((self._parent[: self._num] == np.arange(self._num)).sum())
 
@@ -144,3 +163,17 @@ class Units:
 def _constant_but(labels: Tensor, axis: int) -> bool:
     rows = labels.movedim(axis, 0).flatten(1)
     return bool((rows == rows[:, :1]).all())
+
+
+def _num_apart(labels: Tensor, axis: int) -> int:
+    """Return how many units the rows along an axis make: rows that share a label are one."""
+    rows = labels.movedim(axis, 0).flatten(1)
+    _, which = torch.unique(rows, return_inverse=True)
+    units = torch.arange(len(rows))
+    while True:
+        least = torch.full((int(which.max()) + 1,), len(rows))
+        least.scatter_reduce_(0, which.flatten(), units[:, None].expand_as(which).flatten(), "amin")
+        merged = torch.minimum(units, least[which].amin(1))
+        if torch.equal(merged, units):
+            return len(torch.unique(units))
+        units = merged

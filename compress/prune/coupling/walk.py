@@ -40,14 +40,15 @@ class Labels:
     unknown: dict[str, str] = field(default_factory=dict)
 
 
-def walk(graph_module: GraphModule) -> Labels:
+def walk(graph_module: GraphModule, heads: str = "whole") -> Labels:
     """Label every parameter and buffer and follow the labels through the graph.
 
     Args:
         graph_module: Of an exported program, as its ``module()`` or ``Captured`` gives it; sizes that vary count as
             those of the example inputs.
+        heads: As in ``Units``.
     """
-    labels = Labels(Units())
+    labels = Labels(Units(heads))
     arguments = []
     for node in graph_module.graph.nodes:
         if node.op == "placeholder":

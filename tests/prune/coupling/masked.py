@@ -69,16 +69,19 @@ class _OverKept(Interpreter):
         return value
 
 
-def masked_and_shrunk(network: nn.Module, inputs: Sequence[Tensor], choose: Any) -> list[tuple[str, Tensor, Tensor]]:
+def masked_and_shrunk(
+    network: nn.Module, inputs: Sequence[Tensor], choose: Any, *, heads: str = "whole"
+) -> list[tuple[str, Tensor, Tensor]]:
     """Return for each choice of units its name and the outputs of the masked and of the shrunk network.
 
     Args:
         network: In any precision.
         inputs: Of that precision.
         choose: Gives from the groups a list of ``(name, {group: unit indices})``.
+        heads: Whether heads of attention go whole or lose width.
     """
     graph: Any = static_program(network.eval(), inputs).module(check_guards=False)
-    coupling = read_coupling(graph)
+    coupling = read_coupling(graph, heads=heads)
     results = []
     for name, choice in choose(coupling.groups):
         removed = []
@@ -93,7 +96,7 @@ def masked_and_shrunk(network: nn.Module, inputs: Sequence[Tensor], choose: Any)
             size = len(coupling.labels.tensors[tensor][dim])
             slices.setdefault(tensor, {})[str(dim)] = [i for i in range(size) if i not in indices]
         small = copy.deepcopy(graph)
-        fresh = read_coupling(small)
+        fresh = read_coupling(small, heads=heads)
         again = [
             fresh.labels.tensors[tensor][int(dim)][
                 [i for i in range(len(fresh.labels.tensors[tensor][int(dim)])) if i not in kept]
