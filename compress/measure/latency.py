@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.errors import RecipeError
 
-__all__ = ["Latency", "measure_latency"]
+__all__ = ["Latency", "measure_latency", "time_calls"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,29 @@ def measure_latency(
         >>> measured["nothing"].num_runs >= 20
         True
     """
+    times = time_calls(
+        calls,
+        seconds=seconds,
+        warmup=warmup,
+        block_seconds=block_seconds,
+        pause_seconds=pause_seconds,
+        min_runs=min_runs,
+        progress=progress,
+    )
+    return {name: _summary(values) for name, values in times.items()}
+
+
+def time_calls(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 1.0,
+    warmup: int = 5,
+    block_seconds: float = 0.05,
+    pause_seconds: float = 0.01,
+    min_runs: int = 20,
+    progress: bool = False,
+) -> dict[str, list[float]]:
+    """Return the times, in seconds, of which ``measure_latency`` gives a summary; the arguments are the same."""
     if not seconds > 0:
         raise RecipeError(f"seconds: expected a positive number, got {seconds}. Use 1.0 for a second of each call.")
     for call in calls.values():
@@ -82,7 +105,7 @@ def measure_latency(
                 times[name] += durations[1:]
             pending = [name for name in calls if spent[name] < seconds or len(times[name]) < min_runs]
             advance(sum(min(1.0, value / seconds) for value in spent.values()) / len(spent))
-    return {name: _summary(values) for name, values in times.items()}
+    return times
 
 
 def _block(call: Callable[[], object], seconds: float) -> list[float]:

@@ -29,7 +29,7 @@ class Candidate:
     original: int
     now: int
     scores: Tensor
-    curve: Sequence[tuple[float, float]] | None = None
+    curve: Sequence[Sequence[float]] | None = None
 
 
 @dataclass(frozen=True)

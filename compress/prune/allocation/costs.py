@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.measure.cost import macs, num_params
+from compress.prune.allocation.latency import LatencyCost
 from compress.prune.allocation.sizes import Sizes
 from compress.prune.allocation.targets import Target
 from compress.prune.allocation.work import list_work, volume
@@ -36,7 +37,9 @@ def make_cost(anatomy: Anatomy, target: Target) -> Cost:
     """
     if target.currency == "macs":
         return MacsCost(anatomy)
-    return StorageCost(anatomy, target.currency)
+    if target.currency in ("params", "bytes"):
+        return StorageCost(anatomy, target.currency)
+    return LatencyCost(anatomy, target)
 
 
 class StorageCost:

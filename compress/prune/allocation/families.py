@@ -12,6 +12,7 @@ import torch
 
 from compress.errors import EditError, RecipeError
 from compress.prune.allocation.candidates import Candidate, Grid
+from compress.prune.criteria import normalise
 
 __all__ = [
     "ALLOCATIONS",
@@ -194,8 +195,7 @@ def _normalised(candidate: Candidate) -> np.ndarray:
             f"prune: expected finite scores of the units of {candidate.name}, got {scores.tolist()[:5]}. "
             "Has the training diverged?"
         )
-    mean = float(scores.mean())
-    return (scores / mean if mean > 0 else scores).numpy()
+    return normalise({candidate.name: scores})[candidate.name].numpy()
 
 
 def _rise(candidate: Candidate) -> tuple[np.ndarray, np.ndarray]:
@@ -205,7 +205,7 @@ def _rise(candidate: Candidate) -> tuple[np.ndarray, np.ndarray]:
             f"prune.allocation: expected a measured curve of {candidate.name} for sensitivity, got none. "
             "Measure one, or use global."
         )
-    curve = dict(sorted(candidate.curve))
+    curve = {float(ratio): float(loss) for ratio, loss in sorted(map(tuple, candidate.curve))}
     # Without a point at 0 the least loss stands for the untouched network's.
     curve = {0.0: curve.get(0.0, min(curve.values())), **{ratio: loss for ratio, loss in curve.items() if ratio > 0}}
     losses = np.array(list(curve.values()))

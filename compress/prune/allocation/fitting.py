@@ -101,7 +101,7 @@ def fit_to_target(
     if before <= wanted:
         return Allocation(whole, target.currency, before, wanted, before, before, 0)
     # What the estimate leaves out counts as dear as the rest, until a measurement says more.
-    factor = before / cost.estimate(whole)
+    factor = _ratio(before, cost.estimate(whole))
     tried: dict[tuple[tuple[str, int], ...], float] = {}
     estimated = None
     for _ in range(_ROUNDS):
@@ -115,12 +115,13 @@ def fit_to_target(
         tried[key] = _measured(anatomy, candidates, widths, cost)
         if (1 - target.tolerance) * wanted <= tried[key] <= wanted:
             break
-        factor = tried[key] / cost.estimate(widths)
+        factor = _ratio(tried[key], cost.estimate(widths))
     met = {key: reached for key, reached in tried.items() if reached <= wanted}
     best = max(met, key=met.__getitem__) if met else min(tried, key=tried.__getitem__)
     assert estimated is not None
     found = Allocation(dict(best), target.currency, before, wanted, estimated, tried[best], len(tried))
-    if not met and found.widths == {each.name: grid.least(each) for each in candidates}:
+    narrowest = {each.name: grid.least(each) for each in candidates}
+    if not met and factor * cost.estimate(narrowest) > wanted:
         raise EditError(
             f"prune.target.{target.currency}: expected a cost that the widths allowed here reach, got {wanted:,.6g} "
             f"where the narrowest network costs {found.reached:,.6g} (and before, {before:,.6g}). Ask for more, lower "
@@ -135,6 +136,10 @@ def fit_to_target(
             found.rounds,
         )
     return found
+
+
+def _ratio(measured: float, estimated: float) -> float:
+    return measured / estimated if estimated > 0 else 1.0
 
 
 def keep_what_is_free(

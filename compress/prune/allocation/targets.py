@@ -17,7 +17,7 @@ class Target:
     """What the network may cost after pruning; exactly one of the first five is given.
 
     Args:
-        latency_ms: Milliseconds of one call on ``engine``, at p50, of the float network.
+        latency_ms: Milliseconds of one undisturbed call on ``engine`` of the float network: quantization comes later.
         latency: The same as a fraction of the original network's.
         macs: Multiply-accumulates of one sample; up to 1 a fraction of the original's.
         params: Parameters; up to 1 a fraction of the original's.

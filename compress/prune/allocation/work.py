@@ -152,7 +152,7 @@ def _convolution(transposed: bool) -> Callable[[_Call], Iterator[Work]]:
             "dilation": dilation,
             "padding": _padding(call.argument("padding"), kernel, dilation),
             "image": [extent.full for extent in x[len(x) - rank :]],
-            "grouped": call.argument("groups") > 1,
+            "groups": call.argument("groups"),
             "transposed": transposed,
         }
         if transposed:

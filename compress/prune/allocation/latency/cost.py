@@ -1,0 +1,154 @@
+"""Latency as a currency."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from compress.export.targets import TARGETS
+from compress.measure.latency import time_calls
+from compress.prune.allocation.latency.layers import LAYER_CALLS
+from compress.prune.allocation.latency.store import Store, typical_ms
+from compress.prune.allocation.latency.table import NOTHING, TimedWork, measure_layers
+from compress.prune.allocation.sizes import Sizes
+from compress.prune.allocation.targets import Target
+from compress.prune.allocation.work import list_work
+from compress.prune.anatomy import Anatomy
+from compress.runtime.engines import make_engine
+from compress.surgery.capture import export_program
+
+__all__ = ["LatencyCost"]
+
+_SECONDS = 2.0
+
+
+class LatencyCost:
+    """Milliseconds of one undisturbed call on an engine, of the float network on this machine's CPU.
+
+    Estimates are sums over convolutions and matrix products, each timed alone at a few widths; what lies between them
+    (additions, pooling, the engine's own overhead) is left to whoever compares them with measurements. An engine that
+    takes seconds to compile a layer has the table of torch's own kernels, which it calls for most layers.
+
+    Args:
+        anatomy: The network.
+        target: Engine, batch and threads.
+    """
+
+    def __init__(self, anatomy: Anatomy, target: Target) -> None:
+        self._anatomy = anatomy
+        self._target = target
+        self._sizes = Sizes(anatomy)
+        self._store = Store(target.engine, target.threads)
+
+    def estimate(self, widths: Mapping[str, int]) -> float:
+        """Return the sum of its layers' times at some widths; the first call measures what is not known yet."""
+        removed = self._sizes.removed(widths)
+        work, milliseconds = self._timed
+        return sum(each.time(removed, milliseconds) for each in work)
+
+    def measure(self, network: nn.Module, inputs: Sequence[Tensor]) -> float:
+        """Return the time of the whole network, from memory where one of the same graph and sizes has been measured.
+
+        It is measured in turn with the network that is about to be pruned, whose time is known: what comes out is that
+        time multiplied by the ratio of the two, so that other work on this machine meets both alike.
+
+        Raises:
+            CaptureError: when it cannot be exported with a dynamic batch dimension.
+            ExportError: when the engine cannot be given it.
+        """
+        form = _Form.of(network, inputs, self._target)
+        known = self._store.networks
+        if form.key not in known:
+            calls = {each.key: each.call(self._target) for each in (self._before, form)}
+            with _threads_of_torch(self._target.threads):
+                measured = {key: typical_ms(times) for key, times in time_calls(calls, seconds=_SECONDS).items()}
+            known.setdefault(self._before.key, measured[self._before.key])
+            ratio = measured[form.key] / measured[self._before.key]
+            known.setdefault(form.key, known[self._before.key] * ratio)
+            self._store.save()
+        return known[form.key]
+
+    @cached_property
+    def _before(self) -> _Form:
+        return _Form.of(self._anatomy.network, self._anatomy.inputs, self._target)
+
+    @cached_property
+    def _timed(self) -> tuple[list[TimedWork], dict[str, float]]:
+        target = self._target
+        samples = target.batch / len(self._anatomy.inputs[0])
+        engine = target.engine if target.engine in LAYER_CALLS else "eager"
+        work = [TimedWork.of(each, engine, samples=samples) for each in list_work(self._anatomy, self._sizes)]
+        store = self._store if engine == target.engine else Store(engine, target.threads)
+        layers = [layer for each in work for layer in each.layers()]
+        with _threads_of_torch(target.threads):
+            measure_layers(layers, store, engine, target.threads)
+        return work, {key: store.layers[key] for key in {NOTHING.key, *(layer.key for layer in layers)}}
+
+
+class _Form:
+    """A network in the form in which an engine is given it.
+
+    Args:
+        program: The network.
+        batch: What it is called with.
+    """
+
+    def __init__(self, program: ExportedProgram, batch: Sequence[Tensor]) -> None:
+        self._program = program
+        self._batch = batch
+        self._made: Callable[[], object] | None = None
+        self.key = _structure(program, batch)
+
+    @classmethod
+    def of(cls, network: nn.Module, inputs: Sequence[Tensor], target: Target) -> _Form:
+        """Export a network, left untouched."""
+        twin = copy.deepcopy(network).cpu().eval()
+        given = [tensor.detach().cpu() for tensor in inputs]
+        return cls(export_program(twin, given), [_samples(tensor, target.batch) for tensor in given])
+
+    def call(self, target: Target) -> Callable[[], object]:
+        """Build it for the target's engine, once."""
+        if self._made is None:
+            builder = import_module(TARGETS[target.engine])
+            with tempfile.TemporaryDirectory() as folder, _threads_of_torch(target.threads):
+                path = Path(folder) / builder.FILE
+                builder.build(self._program, path)
+                engine = make_engine(target.engine, path, num_threads=target.threads)
+            given = [tensor.numpy() for tensor in self._batch] if engine.takes == "numpy" else list(self._batch)
+            self._made = lambda: engine(given)
+        return self._made
+
+
+def _samples(tensor: Tensor, num: int) -> Tensor:
+    """Return a batch of a size, of the samples there are, again and again."""
+    return tensor[torch.arange(num) % len(tensor)].contiguous()
+
+
+def _structure(program: ExportedProgram, batch: Sequence[Tensor]) -> str:
+    """Return what stands for the operators and sizes of a network, whatever its weights."""
+    tensors = {**program.state_dict, **program.constants}
+    sizes = [(name, *tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
+    given = [(tuple(tensor.shape), tensor.dtype) for tensor in batch]
+    return hashlib.sha256(f"{program.graph}{sizes}{given}".encode()).hexdigest()[:32]
+
+
+@contextmanager
+def _threads_of_torch(num: int | None) -> Iterator[None]:
+    """Let torch have as many threads within the context: they are the whole process's, and a fit has its own."""
+    before = torch.get_num_threads()
+    if num is not None:
+        torch.set_num_threads(num)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
