@@ -50,8 +50,10 @@ class Average:
         """
         holder = getattr(self.owner, self.attribute)
         old = original(holder)
-        new = copy.deepcopy(edited).to(next(old.parameters()).device).train(old.training)
-        values = _tensors(old)
+        new = copy.deepcopy(edited).to(next(old.parameters()).device)
+        modes, values = {name: module.training for name, module in old.named_modules()}, _tensors(old)
+        for name, module in new.named_modules():
+            module.training = modes.get(name, old.training)
         with torch.no_grad():
             for name, tensor in _tensors(new).items():
                 if name in values:

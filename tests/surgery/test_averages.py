@@ -109,6 +109,9 @@ class OwnAverage(Foreign):
         super().__init__()
         self.ema = AveragedModel(self.net, avg_fn=get_ema_avg_fn(0.8), use_buffers=True).requires_grad_(False)
 
+    def on_train_start(self) -> None:
+        self.ema.eval()
+
     def on_train_batch_end(self, *_: Any) -> None:
         self.ema.update_parameters(self.net)
 
@@ -121,6 +124,7 @@ def test_an_average_inside_the_module_follows() -> None:
     assert shapes["conv1.weight"][0] == 8
     assert {name: p.shape for name, p in module.ema.module.named_parameters()} == shapes
     assert not any(p.requires_grad for p in module.ema.parameters())
+    assert not any(m.training for m in module.ema.module.modules())
 
 
 def test_layers_made_after_the_copy_are_named() -> None:
