@@ -126,7 +126,7 @@ class Distiller(pl.LightningModule):
         """
         self._prepared = True
         if self.source is not None:
-            self.source.begin(self.student)
+            self.source.begin(original(self.student))
         for loss in self._each_loss():
             loss.resolve(self._find_student, self._find_teacher)
         needed = [loss.layers() for loss in self._each_loss()]
@@ -208,7 +208,7 @@ class Distiller(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let a teacher that follows the student take its step, after the optimiser's."""
         if self.source is not None and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self.source.follow(self.student)
+            self.source.follow(original(self.student))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the task's loss and metrics."""
@@ -271,7 +271,7 @@ class Distiller(pl.LightningModule):
         """Restore what ``on_save_checkpoint`` kept; edits have been replayed before."""
         self._means.load_state_dict(checkpoint.get(_MEANS, {}))
         if self.source is not None and _AVERAGE in checkpoint:
-            self.source.restore(self.student, checkpoint[_AVERAGE])
+            self.source.restore(original(self.student), checkpoint[_AVERAGE])
 
     def _teach(self, batch: Batch) -> tuple[Sequence[View], Tensor | None]:
         return self.source.teach(batch) if self.source is not None else ((), None)

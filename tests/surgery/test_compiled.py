@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from torch import nn
 from torch._dynamo import OptimizedModule
 
+from compress.distill import Classification, Distiller, MovingAverage, SoftTarget
 from compress.quantize import QuantizationAwareTraining
 from compress.surgery import Captured, history_of
 from compress.surgery.compiled import original
@@ -133,12 +134,15 @@ def test_a_captured_graph_runs_compiled_too(way: Any) -> None:
 
 def test_a_compiled_network_is_pruned_and_quantised() -> None:
     torch.manual_seed(0)
-    given, module = wrapped(Residual(8), "eager")
+    backend = Counting()
+    calls = Calls(backend)
+    given, module = wrapped(Residual(8), backend)
     qat = QuantizationAwareTraining(start=0.6, attribute="net")
-    trainer(max_epochs=1, callbacks=[pruning(num_edits=1, end=0.2), qat]).fit(given, loader())
+    trainer(max_epochs=1, callbacks=[pruning(num_edits=1, end=0.2), qat, calls]).fit(given, loader())
     assert [edit.kind for edit in history_of(module)] == ["prune", "quantize"]
-    x = next(iter(loader(shuffle=False)))[0]
-    assert qat.converted(x).shape == (12, 3)
+    assert isinstance(original(module.net), Captured)
+    assert all(later > earlier for earlier, later in zip([0, *calls.calls], calls.calls))
+    assert len(calls.names) == 1
 
 
 @pytest.mark.slow
@@ -149,3 +153,21 @@ def test_inductor_runs_an_edited_network() -> None:
     trainer(max_epochs=2, callbacks=[pruning(num_edits=2), moved]).fit(given, loader())
     assert moved.stuck == []
     assert sorted(set(moved.widths), reverse=True) == [16, 12, 8]
+
+
+def test_a_compiled_student_is_taught_by_its_own_average() -> None:
+    torch.manual_seed(0)
+    module = Distiller(
+        torch.compile(Residual(8), backend="eager"),  # type: ignore[arg-type]
+        task=Classification(3),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        teacher=MovingAverage(0.9),
+        losses=[SoftTarget(weight=0.5)],
+    )
+    prune = pruning(schedule="one_shot", attribute="student")
+    trainer(max_epochs=1, callbacks=[prune, EMAWeightAveraging(decay=0.5)]).fit(module, loader())
+    assert isinstance(module.student, OptimizedModule)
+    assert module.teacher is not None
+    shapes = {name: p.shape for name, p in original(module.student).named_parameters()}
+    assert shapes["conv1.weight"][0] == 8
+    assert {name: p.shape for name, p in module.teacher.named_parameters()} == shapes
