@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
     from compress.errors import CompressError
     from compress.pipeline import create_run, open_run, run
-    from compress.prune import StructuredPruning
+    from compress.prune import StructuredPruning, WeightSparsity
     from compress.quantize import QuantizationAwareTraining
     from compress.recipe import Distill, Export, Recipe, Teacher
     from compress.runtime import CompactModel, load
@@ -30,6 +30,7 @@ __all__ = [
     "StructuredPruning",
     "Teacher",
     "WarmupCosine",
+    "WeightSparsity",
     "create_run",
     "load",
     "open_run",
@@ -41,7 +42,7 @@ _ROOMS = {
     "compress.distill": ["Classification", "Distiller", "SoftTarget", "WarmupCosine"],
     "compress.errors": ["CompressError"],
     "compress.pipeline": ["create_run", "open_run", "run"],
-    "compress.prune": ["StructuredPruning"],
+    "compress.prune": ["StructuredPruning", "WeightSparsity"],
     "compress.quantize": ["QuantizationAwareTraining"],
     "compress.recipe": ["Distill", "Export", "Recipe", "Teacher"],
     "compress.runtime": ["CompactModel", "load"],

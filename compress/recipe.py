@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from compress.distill import DistillationLoss, LearningRateSchedule, OwnTeacher, SoftTarget, Task, check_weights
 from compress.errors import CompressError, RecipeError
 from compress.export import TARGETS
-from compress.prune import StructuredPruning
+from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
 
 __all__ = [
@@ -118,6 +118,7 @@ class Recipe:
         teacher: The network to learn from; without one the student learns from labels alone.
         distill: How it is taught.
         prune: The pruning callback, or none.
+        sparsify: The callback that makes single weights zero, or none.
         quantize: The quantization-aware training callback, or none.
         trainer: Arguments of ``pytorch_lightning.Trainer``.
         export: What the artefact holds and must pass.
@@ -135,6 +136,7 @@ class Recipe:
     teacher: Teacher | None = None
     distill: Distill = field(default_factory=Distill)
     prune: StructuredPruning | None = None
+    sparsify: WeightSparsity | None = None
     quantize: QuantizationAwareTraining | None = None
     trainer: Mapping[str, Any] = field(default_factory=dict)
     export: Export = field(default_factory=Export)
@@ -156,6 +158,15 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
             f"quantize.start: expected a value after prune.end ({recipe.prune.last_edit}), got "
             f"{recipe.quantize.start}. Quantised networks are not pruned: prune first, recover, then quantise."
         )
+    if (
+        recipe.sparsify is not None
+        and recipe.quantize is not None
+        and recipe.quantize.start <= recipe.sparsify.last_edit
+    ):
+        yield (
+            f"quantize.start: expected a value after sparsify.end ({recipe.sparsify.last_edit}), "
+            f"got {recipe.quantize.start}. Ranges are learned on the weights that stay: sparsify first."
+        )
     if recipe.trainer.get("max_epochs") is None and recipe.trainer.get("max_steps", -1) in (-1, None):
         yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."
     if recipe.teacher is not None:
@@ -174,7 +185,7 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
         value = getattr(recipe.export, key)
         if not 0 <= value <= 1:
             yield f"export.{key}: expected a value in [0, 1], got {value}. It is a fraction."
-    for editor in (recipe.prune, recipe.quantize):
+    for editor in (recipe.prune, recipe.sparsify, recipe.quantize):
         if editor is not None and editor.attribute != "student":
             yield f"{editor.kind}.attribute: expected 'student', got {editor.attribute!r}. Leave it out of a recipe."
 
@@ -209,6 +220,7 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")
     parser.add_argument("--distill", type=Distill, default=Distill(), help="how the student is taught")
     parser.add_argument("--prune", type=StructuredPruning | None, default=None, help="structured pruning")
+    parser.add_argument("--sparsify", type=WeightSparsity | None, default=None, help="single weights at zero")
     parser.add_argument("--quantize", type=QuantizationAwareTraining | None, default=None, help="quantization")
     parser.add_argument(
         "--optimizer", type=Callable[[Iterable[nn.Parameter]], Optimizer], required=True, help="makes the optimiser"

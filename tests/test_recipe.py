@@ -54,11 +54,14 @@ def test_class_paths_name_installed_modules(path: Path) -> None:
 
 def test_overrides_reach_every_depth() -> None:
     words = ["--seed", "7", "--prune.ratio", "0.25", "--student.init_args.width", "8", "--trainer.max_epochs", "2"]
+    words += ["--sparsify.pattern", "2:4"]
     words += ["--distill.losses.init_args.temperature", "9", "--quantize", "null", "--teacher.max_epochs", "1"]
     recipe = build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
     assert recipe.seed == 7
     assert recipe.prune is not None
     assert recipe.prune.wishes.ratio == 0.25
+    assert recipe.sparsify is not None
+    assert recipe.sparsify.pattern == "2:4"
     assert recipe.student.get_parameter("fc.weight").shape == (10, 32)
     assert recipe.trainer["max_epochs"] == 2
     assert recipe.distill.losses[0].temperature == 9
@@ -97,6 +100,9 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
     [
         (["--prune.ratio", "3.0"], r"prune\.ratio: expected a value in \[0, 1\), got 3\.0"),
         (["--quantize.start", "0.5"], r"quantize\.start: expected a value after prune\.end \(0\.6\), got 0\.5"),
+        (["--sparsify.ratio", "1.5"], r"sparsify\.ratio: expected a value in \[0, 1\), got 1\.5"),
+        (["--sparsify.end", "0.8"], r"quantize\.start: expected a value after sparsify\.end \(0\.8\), got 0\.75"),
+        (["--sparsify.attribute", "backbone"], r"sparsify\.attribute: expected 'student', got 'backbone'"),
         (["--quantize.scheme", "int3"], r"quantize\.scheme: expected one of int8, got 'int3'"),
         (["--export.targets", "[aoti, tflite]"], r"export\.targets: expected names among .*, got tflite"),
         (["--export.min_top1_agreement", "98"], r"export\.min_top1_agreement: expected a value in \[0, 1\], got 98"),

@@ -29,7 +29,8 @@ def fit(run: RunDirectory) -> None:
     if recipe.baseline:
         fit_baseline(run)
     if not done:
-        editors = [copy.deepcopy(editor) for editor in (recipe.prune, recipe.quantize) if editor is not None]
+        given = (recipe.prune, recipe.sparsify, recipe.quantize)
+        editors = [copy.deepcopy(editor) for editor in given if editor is not None]
         losses = recipe.distill.losses
         module = train(
             run,

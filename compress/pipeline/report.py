@@ -107,12 +107,27 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
         notes.append(
             "Student alone: the same student from the same initial weights, trained on labels for the same epochs."
         )
+    if recipe.sparsify is not None:
+        notes.append(_zeros(run))
     if recipe.prune is not None and recipe.teacher is not None:
         notes.append(
             f"Distilled: the student just before its first removal, at {recipe.prune.start:.0%} of the epochs; "
             "the learning rate has not come down yet."
         )
     return notes
+
+
+def _zeros(run: RunDirectory) -> str:
+    """Say how many weights are zero in the end, and what that is good for."""
+    weights = {name: weight for name, weight in run.network("final")[0].named_parameters() if weight.dim() > 1}
+    shares = {name: float((weight == 0).float().mean()) for name, weight in weights.items()}
+    sparse = {name: share for name, share in shares.items() if share > 0}
+    total = sum(shares[name] * weights[name].numel() for name in weights) / sum(w.numel() for w in weights.values())
+    layers = ", ".join(f"{name.removesuffix('.weight')} {share:.0%}" for name, share in sparse.items())
+    return (
+        f"Sparse weights: {total:.1%} of all matrices and kernels are zero ({layers or 'none'}). The engines run them "
+        "as dense ones: latency and bytes are those of a dense network."
+    )
 
 
 def _log(run: RunDirectory, result: Report) -> None:

@@ -11,6 +11,7 @@ from compress.prune.blocks import Block, find_blocks
 from compress.prune.coupling import Group
 from compress.prune.criteria import CRITERIA, score_groups
 from compress.prune.influence import block_influence
+from compress.prune.masks import global_masks, magnitude_mask, nm_mask
 from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal, replay_prune
 from compress.prune.removal import Removal
 from compress.prune.schedules import SCHEDULES, num_kept
@@ -18,6 +19,7 @@ from compress.prune.sensitivity import divergence, measure_sensitivity
 
 if TYPE_CHECKING:
     from compress.prune.callback import StructuredPruning
+    from compress.prune.sparsity import WeightSparsity
 
 __all__ = [
     "ALLOCATIONS",
@@ -29,13 +31,17 @@ __all__ = [
     "Removal",
     "StructuredPruning",
     "Target",
+    "WeightSparsity",
     "apply_removal",
     "block_influence",
     "describe_removal",
     "divergence",
     "find_blocks",
     "find_groups",
+    "global_masks",
+    "magnitude_mask",
     "measure_sensitivity",
+    "nm_mask",
     "num_kept",
     "plan_removal",
     "replay_prune",
@@ -43,7 +49,7 @@ __all__ = [
     "study",
 ]
 
-_LAZY = {"StructuredPruning": "compress.prune.callback"}
+_LAZY = {"StructuredPruning": "compress.prune.callback", "WeightSparsity": "compress.prune.sparsity"}
 
 
 def __getattr__(name: str) -> Any:

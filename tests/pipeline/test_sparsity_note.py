@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.pipeline.report import _zeros
+
+
+def test_the_note_counts_zeros_and_promises_no_speed() -> None:
+    network = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    with torch.no_grad():
+        network[1].weight[:2] = 0
+    run: Any = SimpleNamespace(network=lambda stage: (network, None))
+    note = _zeros(run)
+    assert "25.0% of all matrices and kernels are zero (1 50%)" in note
+    assert "dense" in note
