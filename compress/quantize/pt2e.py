@@ -38,7 +38,8 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captur
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     quantizer = get_scheme(scheme).quantizer()
-    captured = capture(network, inputs)
+    captured = capture(network, inputs).train()
+    captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     norms = _norm_constants(captured.graph_module)
     try:
         graph_module = prepare_qat_pt2e(captured.graph_module, quantizer)
@@ -48,6 +49,9 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captur
             f"{type(error).__name__}: {error}. Leave quantize out, or rewrite the layer that the message names."
         ) from error
     _restore_norm_constants(graph_module, norms)
+    for module in graph_module.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.register_forward_pre_hook(_in_float32)
     prepared = Captured(graph_module).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
@@ -115,6 +119,11 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     if not (isinstance(node, Node) and node.op == "call_module"):
         return False
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Under autocast, what a linear layer gives is bfloat16, in which observers cannot keep their ranges.
+    return tuple(tensor.float() for tensor in inputs)
 
 
 def _drop_unused(graph_module: GraphModule) -> None:

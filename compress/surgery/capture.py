@@ -8,6 +8,7 @@ therefore derives the graph's mode from its own ``training`` attribute at every 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ _MODE_ARGUMENT = {
     torch.ops.aten.rrelu.default: 3,
 }
 _NORMS = (torch.ops.aten.batch_norm.default,)
+_WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
 
 
 def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
@@ -48,7 +50,7 @@ def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export
         network = network.graph_module
     batch = torch.export.Dim("batch", min=1, max=65536)
     try:
-        shapes = tuple({0: batch} for _ in inputs)
+        shapes = _like_arguments(network, [{0: batch} for _ in inputs])
         return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -58,17 +60,28 @@ def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export
         ) from error
 
 
-def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "train") -> Captured:
+def _like_arguments(network: nn.Module, values: list[Any]) -> tuple[Any, ...]:
+    """Arrange one value for each input as the network's arguments are: those that ``*args`` takes are one tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return tuple(values)
+    named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    rest = values[named:]
+    return (*values[:named], tuple(rest)) if rest else tuple(values)
+
+
+def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval") -> Captured:
     """Return a network as a trainable graph with the same parameters under the same names.
 
     Args:
         network: Its parameters are shared, not copied.
         inputs: Example inputs, at least two samples in dimension 0 of each.
-        mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph.
-            Dropout and BatchNorm follow ``.training`` either way.
+        mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph;
+            with ``"train"`` a random one, as stochastic depth, stays in what is deployed. Dropout and BatchNorm follow
+            ``.training`` either way.
 
     Raises:
-        CaptureError: when the network cannot be captured.
+        CaptureError: when the network cannot be captured, or has a BatchNorm without a momentum.
 
     Example:
         >>> net = capture(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), [torch.ones(2, 3)])
@@ -77,18 +90,25 @@ def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "train"
         >>> [name for name, _ in net.named_parameters()]
         ['0.weight', '0.bias']
     """
+    for name, module in network.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.momentum is None:
+            raise CaptureError(
+                f"capture: expected BatchNorms with a momentum, got none in {name!r}. Its statistics would stand still "
+                "in a graph. Set a number, e.g. 0.1."
+            )
     training = network.training
-    program = export_program(network.train(mode == "train"), inputs)
-    captured = Captured(program.module(check_guards=False))
-    network.train(training)
-    return captured.train(training)
+    try:
+        program = export_program(network.train(mode == "train"), inputs)
+    finally:
+        network.train(training)
+    return Captured(program.module(check_guards=False)).train(training)
 
 
 class Captured(nn.Module):
     """A graph that follows ``.training``, with the parameter names of the network it was captured from.
 
     Args:
-        graph_module: From ``torch.export``, captured in training mode, or what PT2E made of one.
+        graph_module: From ``torch.export``, or what PT2E made of such a one.
 
     Attributes:
         freeze_batchnorm: While true, BatchNorm uses its running statistics and observers stand still in training too.
@@ -183,8 +203,8 @@ def _set_mode(graph_module: GraphModule, *, training: bool, learning: bool) -> N
     changed = False
     for node in graph_module.graph.nodes:
         position = _MODE_ARGUMENT.get(node.target)
-        if position is None:
-            continue
+        if position is None or (node.target in _WITH_STATISTICS and node.args[3] is None):
+            continue  # a norm without running statistics takes those of the batch in both modes
         wanted = learning if node.target in _NORMS else training
         if node.args[position] != wanted:
             node.update_arg(position, wanted)

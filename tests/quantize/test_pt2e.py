@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import CaptureError, RecipeError
 from compress.measure.cost import num_bytes
@@ -98,6 +98,57 @@ def test_evaluation_does_not_move_the_ranges(trained: tuple[Residual, Captured])
     assert any(
         not torch.equal(t, before[n]) for n, t in prepared.state_dict().items() if n in before and n.endswith("scale")
     )
+
+
+class StochasticDepth(Residual):
+    """A branch of the network's own that only training takes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + torch.rand_like(x) if self.training else x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_random_branches_are_left_out_while_batchnorm_and_dropout_follow_the_mode(training: bool) -> None:
+    torch.manual_seed(0)
+    network, (x, _) = StochasticDepth().train(training), images(32)
+    prepared = prepare(network, [x[:2]], "int8")
+    assert prepared.training == training
+    prepared.train()(x)  # activation ranges
+    before = prepared.state_dict()["norm.running_mean"].clone()
+    assert not torch.equal(prepared(x), prepared(x))  # dropout
+    assert not torch.equal(prepared.state_dict()["norm.running_mean"], before)
+    before = prepared.state_dict()["norm.running_mean"].clone()
+    prepared.eval()
+    assert torch.equal(prepared(x), prepared(x))
+    assert torch.equal(prepared.state_dict()["norm.running_mean"], before)
+    assert "rand" not in prepared.graph_module.code
+
+
+def test_batchnorms_are_fused_as_in_a_capture_in_training_mode() -> None:
+    """Each convolution with a BatchNorm has its weight scaled by it, and nothing between the two is quantised."""
+    prepared = prepare(Residual(), [torch.randn(2, 1, 8, 8)], "int8")
+    nodes = list(prepared.graph_module.graph.nodes)
+    norms = [node for node in nodes if node.target is torch.ops.aten.batch_norm.default]
+    assert len(norms) == 3
+    for norm in norms:
+        undo = norm.args[0]
+        assert undo.target is torch.ops.aten.div.Tensor
+        assert undo.args[0].target is torch.ops.aten.conv2d.default
+
+
+def test_it_trains_under_autocast() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    x, before = torch.randn(32, 8), copy.deepcopy(network.state_dict())
+    prepared = prepare(network, [x[:2]], "int8").train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = nn.functional.cross_entropy(prepared(x).float(), torch.arange(32) % 3)
+    loss.backward()
+    torch.optim.SGD(prepared.parameters(), lr=0.1).step()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    with torch.no_grad():
+        fake = prepared.eval()(x)
+        assert torch.allclose(fake, convert(prepared)(x), atol=0.05 * float(fake.abs().max()))
 
 
 def test_nothing_to_quantise_is_an_error() -> None:

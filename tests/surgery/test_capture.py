@@ -27,10 +27,10 @@ def test_graph_equals_network_in_both_modes() -> None:
         expected = twin.train(mode)(x)
         torch.manual_seed(1)
         assert torch.allclose(captured.train(mode)(x), expected, atol=1e-6)
-    assert set(captured.state_dict()) == set(twin.state_dict())
-    for name, value in twin.state_dict().items():
-        if name.endswith("num_batches_tracked"):
-            continue  # the graph counts evaluations too; nothing reads it when momentum is a number
+    # The graph does not count batches: nothing reads that number when momentum is one.
+    expected_state = {name: t for name, t in twin.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert set(captured.state_dict()) == set(expected_state)
+    for name, value in expected_state.items():
         assert torch.allclose(captured.state_dict()[name].float(), value.float(), atol=1e-6), name
 
 
@@ -61,6 +61,68 @@ def test_frozen_batchnorm_keeps_its_statistics_in_training() -> None:
     assert torch.equal(before, captured.state_dict()["norm.running_mean"])
     dropout = [n for n in captured.graph_module.graph.nodes if n.target is torch.ops.aten.dropout.default]
     assert [node.args[2] for node in dropout] == [True]
+
+
+class StochasticDepth(nn.Module):
+    """As Swin's drop path: a random branch of the network's own, beside what the graph's mode covers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(1)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.dropout(self.norm(x))
+        if self.training:
+            y = y * (torch.rand(len(x), 1, 1, 1) > 0.5)
+        return x + y
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_random_branches_of_the_network_stay_out_of_the_graph(training: bool) -> None:
+    torch.manual_seed(0)
+    network = StochasticDepth().train(training)
+    captured = capture(network, [torch.randn(2, 1, 8, 8)])
+    assert network.training == captured.training == training
+    x, _ = images(12)
+    assert torch.equal(captured.eval()(x), network.eval()(x))
+    assert not torch.equal(captured.train()(x), captured(x))  # dropout
+    assert "rand" not in captured.graph_module.code
+    assert not torch.equal(captured.get_buffer("norm.running_mean"), torch.zeros(1))
+
+
+def test_a_batchnorm_whose_statistics_would_stand_still_is_refused() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, momentum=None)).train()
+    with pytest.raises(CaptureError, match=r"expected BatchNorms with a momentum, got none in '1'"):
+        capture(network, [torch.randn(2, 1, 8, 8)])
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4), nn.InstanceNorm2d(4, affine=True)]
+)
+def test_norms_without_running_statistics_take_those_of_the_batch(norm: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), norm)
+    captured = capture(network, [torch.randn(2, 1, 8, 8)])
+    x, _ = images(5)
+    for mode in (False, True, False):
+        assert torch.allclose(captured.train(mode)(x), network.train(mode)(x), atol=1e-5)
+
+
+class AnyInputs(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, *inputs: Tensor) -> Tensor:
+        return self.inner(x + sum(inputs))
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_inputs_may_be_taken_as_a_tuple(num: int) -> None:
+    network = AnyInputs(Residual())
+    captured = capture(network, [torch.randn(2, 1, 8, 8)] * num)
+    x, _ = images(5)
+    assert torch.allclose(captured.eval()(*[x] * num), network.eval()(*[x] * num), atol=1e-6)
 
 
 class DataDependent(nn.Module):
