@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from compress.errors import CompressError, RecipeError, RunError
+from compress.libraries import mend_torchvision
 
 __all__ = ["main"]
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = argparse.Namespace(command=None), list[str]()
     try:
         options, rest = parser.parse_known_args(words)
+        if options.command is not _predict:  # all others import Lightning, and with it torchvision
+            mend_torchvision()
         return options.command(options, rest, console) or 0
     except CompressError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)

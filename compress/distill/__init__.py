@@ -12,7 +12,6 @@ from compress.distill.schedulers import LearningRateSchedule, WarmupCosine
 from compress.distill.tasks import Classification, MultiLabel, MultiTask, Regression, Task
 from compress.distill.teachers import (
     ArtifactTeacher,
-    Constructed,
     EarlierSelf,
     Ensemble,
     FileTeacher,
@@ -25,6 +24,7 @@ from compress.distill.teachers import (
     freeze,
 )
 from compress.distill.weights import Decay, Warmup, WeightSchedule, Window
+from compress.models import Constructed
 
 __all__ = [
     *_LOSSES,

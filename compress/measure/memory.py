@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.libraries import import_library
+
 __all__ = ["peak_memory", "peak_memory_of", "unpickle"]
 
 _NUM_CALLS = 3
@@ -99,7 +101,7 @@ def _resident_peak() -> int:
 def _main(load: str, imports: str, *arguments: str) -> None:
     module_name, _, function = load.partition(":")
     for name in ["torch", *json.loads(imports)]:
-        importlib.import_module(name)
+        import_library(name)
     loader = getattr(importlib.import_module(module_name), function)
     before = _resident_peak()
     call = loader(*arguments)

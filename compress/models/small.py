@@ -1,4 +1,4 @@
-"""The few networks that recipes share and no library ships: small residual nets, a 1-D CNN, an LSTM classifier.
+"""Small networks that no library ships: residual nets for small images, a 1-D CNN, an LSTM classifier.
 
 They are built from standard modules only, so that ``torch.export`` captures them and pruning can follow their
 channels.
