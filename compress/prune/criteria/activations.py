@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from compress.errors import DataError
+from compress.errors import CaptureError, DataError
 from compress.prune.anatomy import Anatomy
+from compress.prune.coupling import static_program
 from compress.prune.criteria.places import Place, find_places
 from compress.surgery import Captured
 
@@ -23,6 +24,8 @@ __all__ = ["WIDEST", "Activation", "measure_activations"]
 
 WIDEST = 2048
 """Groups with more units have no correlations: their matrix would take more than 32 MiB."""
+
+_MANY = 8  # pieces, from which on it pays to export a second graph
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,10 @@ def measure_activations(anatomy: Anatomy, batches: Sequence[tuple[Tensor, ...]])
 
     Args:
         anatomy: The network; its weights, buffers and mode are the same afterwards.
-        batches: Inputs, as many as the network takes. They run in pieces of as many samples as the example inputs
-            have, whose size may be written into the graph; the last piece of a batch is filled up from its front, so
-            those samples count twice. Study with larger example inputs where speed matters.
+        batches: Inputs, as many as the network takes, best all of one size. The size of the example inputs may be
+            written into the graph; where that of the first batch is much larger, a second graph is exported for it.
+            What is left of a batch runs in pieces of the example's size, the last one filled up from the front of the
+            batch, so that these few samples count twice.
 
     Returns:
         Activations by group. A group whose units are no dimension of any value is left out.
@@ -154,22 +158,26 @@ def measure_activations(anatomy: Anatomy, batches: Sequence[tuple[Tensor, ...]])
         # The anatomy's graph is its own, but still in the mode of the network that it was copied from.
         Captured(anatomy.graph).eval().sync_mode()
     device = next(anatomy.network.parameters()).device
-    recorder = _Recorder(anatomy.graph, find_places(anatomy), {})
+    places, sums = find_places(anatomy), dict[str, Activation]()
+    runs = [(len(anatomy.inputs[0]), _Recorder(anatomy.graph, places, sums))]
+    if (wide := _wide(anatomy, batches)) is not None:
+        graph, twins = wide
+        runs.insert(0, (len(batches[0][0]), _Recorder(graph, {twins[n]: each for n, each in places.items()}, sums)))
     buffers = {name: buffer.clone() for name, buffer in anatomy.graph.named_buffers()}
     try:
         with torch.no_grad():
             for batch in batches:
-                for piece in _pieces(batch, anatomy.inputs):
-                    recorder.run(*(tensor.to(device) for tensor in piece))
+                _check(batch, anatomy.inputs)
+                _run([tensor.to(device) for tensor in batch], runs)
     finally:
         with torch.no_grad():
             for name, buffer in anatomy.graph.named_buffers():
                 if not torch.equal(buffer, buffers[name]):
                     buffer.copy_(buffers[name])
-    return recorder.sums
+    return sums
 
 
-def _pieces(batch: Sequence[Tensor], example: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+def _check(batch: Sequence[Tensor], example: Sequence[Tensor]) -> None:
     got = [list(tensor.shape[1:]) for tensor in batch]
     wanted = [list(tensor.shape[1:]) for tensor in example]
     if got != wanted or not all(len(tensor) for tensor in batch):
@@ -177,10 +185,46 @@ def _pieces(batch: Sequence[Tensor], example: Sequence[Tensor]) -> Iterator[list
             f"prune.criterion: expected batches of inputs of shape (samples, ...) with {wanted}, got {got}. "
             "Give it the network's inputs alone, without targets."
         )
-    size, num = len(example[0]), len(batch[0])
-    for start in range(0, num, size):
-        take = torch.arange(start, start + size) % num
-        yield [tensor[take.to(tensor.device)] for tensor in batch]
+
+
+def _run(batch: Sequence[Tensor], runs: Sequence[tuple[int, _Recorder]]) -> None:
+    """Run a batch in pieces of given numbers of samples, the largest first."""
+    start, num = 0, len(batch[0])
+    for size, recorder in runs:
+        while num - start >= size:
+            recorder.run(*(tensor[start : start + size] for tensor in batch))
+            start += size
+    if start < num:
+        take = torch.arange(start, start + size, device=batch[0].device) % num
+        recorder.run(*(tensor[take] for tensor in batch))
+
+
+def _wide(anatomy: Anatomy, batches: Sequence[Sequence[Tensor]]) -> tuple[GraphModule, dict[Node, Node]] | None:
+    """Return a graph that takes whole batches, and its node for each of the anatomy's; none where that is no gain."""
+    network, first = anatomy.network, batches[0]
+    _check(first, anatomy.inputs)
+    if len(first[0]) == len(anatomy.inputs[0]) or sum(len(x[0]) for x in batches) < _MANY * len(anatomy.inputs[0]):
+        return None
+    if isinstance(network, Captured):  # its batch is dynamic
+        return anatomy.graph, {node: node for node in _nodes(anatomy.graph)}
+    training = network.training
+    try:
+        device = anatomy.inputs[0].device
+        program = static_program(network.eval(), [tensor.to(device) for tensor in first])
+    except CaptureError:
+        return None  # of this size it cannot be; pieces can
+    finally:
+        network.train(training)
+    graph: Any = program.module(check_guards=False)
+    old, new = list(_nodes(anatomy.graph)), list(_nodes(graph))
+    same = [(a.name, a.op, str(a.target)) for a in old] == [(b.name, b.op, str(b.target)) for b in new]
+    return (graph, dict(zip(old, new))) if same else None
+
+
+def _nodes(graph_module: GraphModule) -> Iterator[Node]:
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule):
+            yield from module.graph.nodes
 
 
 class _Recorder(Interpreter):

@@ -80,6 +80,55 @@ def test_the_last_piece_is_filled_up_from_the_front() -> None:
             assert torch.equal(got[name].magnitudes, expected[name].magnitudes)
 
 
+@pytest.mark.parametrize("name", ["resnet", "attention", "gru", "regions", "captured"])
+def test_large_batches_run_whole_where_the_graph_can(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net: nn.Module = Regions().double()
+    if name == "regions":
+        x = torch.randn(2, 3, dtype=torch.float64)
+    else:
+        make, x = NETWORKS["resnet" if name == "captured" else name]
+        net = make().double()  # type: ignore[operator]
+    many = torch.cat([x + i if x.is_floating_point() else (x + i) % 11 for i in range(10)])
+    if name == "captured":
+        net = capture(net, [x])
+    anatomy = study(net, [x])
+    ran: list[int] = []
+    run = measuring._Recorder.run
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        ran.append(len(args[0]))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(measuring._Recorder, "run", counted)
+    batches = [(many,), (many[:7],)]
+    got = measure_activations(anatomy, batches)
+    assert [num for num in ran if num > 2][:1] == [20]
+    assert sum(ran) == 28 * (2 if name == "regions" else 1)  # a region runs once more, by itself
+    monkeypatch.setattr(measuring, "_wide", lambda *args: None)
+    expected = measure_activations(anatomy, batches)
+    assert got.keys() == expected.keys()
+    for group, said in got.items():
+        assert said.count == expected[group].count
+        assert torch.allclose(said.totals, expected[group].totals, rtol=1e-4)
+        assert torch.allclose(said.magnitudes, expected[group].magnitudes, rtol=1e-6)
+
+
+def test_a_network_with_its_batch_written_in_runs_in_pieces() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).view(2, 4).relu())
+
+    torch.manual_seed(0)
+    net, x = Fixed(), torch.randn(20, 3)
+    said = measure_activations(study(net, [x[:2]]), [(x,)])
+    assert torch.allclose(said["a"].magnitude, net.a(x).relu().mean(0), rtol=1e-5)
+
+
 def test_heads_are_looked_at_where_the_projection_reads_them() -> None:
     torch.manual_seed(0)
     net, x = Attention(), torch.randn(3, 5, 3)

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,6 +186,16 @@ def test_tied_parameters_have_their_gradients_whatever_name_the_graph_gives_them
                     each = (0.5 * tensor.grad.square() * tensor.square()).movedim(dim, 0).flatten(1)
                     expected += each[indices].flatten(1).sum(1).detach()
         assert torch.allclose(score, expected, rtol=1e-4)
+
+
+def test_the_readme_lists_every_criterion_and_what_it_needs() -> None:
+    text = (Path(__file__).parents[3] / "README.md").read_text()
+    table = text.partition("<!-- criteria -->")[2].partition("<!-- /criteria -->")[0]
+    listed: dict[str, str] = {}
+    for line in table.splitlines()[3:]:
+        names, needs, *_ = line.strip("|").split("|")
+        listed |= {name.split("`")[1]: needs.strip() for name in names.split(",")}
+    assert listed == {name: criterion.needs for name, criterion in CRITERIA.items()}
 
 
 def test_normalised_scores_have_mean_one() -> None:
