@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -51,8 +52,8 @@ def apoz(said: Activation) -> Tensor:
 def correlation(said: Activation) -> Tensor:
     r"""Score units by how unlike they are to those that are left.
 
-    Units go one at a time. Of the units in the most alike pair that is left, the one that resembles all others more
-    goes, and its score is
+    Units go one at a time. Of the most alike pair that is left, that one goes whose sum of correlations with all units
+    of the group is larger, and its score is
 
     .. math:: I_u = 1 - \max_{v \ne u \, \text{left}} |\rho_{uv}|
 
@@ -72,18 +73,19 @@ def correlation(said: Activation) -> Tensor:
     """
     rho = said.correlation
     assert rho is not None, "a group with products"
-    alike = rho.abs().cpu().fill_diagonal_(-1.0)  # one at a time: faster without a round trip to a device
+    alike = rho.abs().cpu().numpy()  # many small steps, one after the other: faster outside of torch
+    np.fill_diagonal(alike, -1.0)
     resemblance = alike.sum(1)
-    nearest, partner = alike.max(1)
+    partner = alike.argmax(1)
+    nearest = alike.max(1)
     scores = torch.ones(len(alike))
     for _ in range(len(alike) - 1):
         closest = nearest.max()
-        # Rounding must not decide between the two units of a pair.
-        unit = int(torch.where(nearest >= closest - 1e-6, resemblance, -torch.inf).argmax())
-        scores[unit] = 1 - closest
-        resemblance -= alike[unit].clamp_min(0)
-        alike[unit], alike[:, unit] = -1.0, -1.0
-        nearest[unit] = -1.0
-        stale = (partner == unit).nonzero()[:, 0]
-        nearest[stale], partner[stale] = alike[stale].max(1)
+        pair = np.flatnonzero(nearest >= closest - 1e-6)  # rounding must not decide between the two
+        unit = pair[resemblance[pair].argmax()]
+        scores[unit] = float(1 - closest)
+        alike[unit], alike[:, unit], nearest[unit] = -1.0, -1.0, -1.0
+        stale = np.flatnonzero((partner == unit) & (nearest >= 0))
+        partner[stale] = alike[stale].argmax(1)
+        nearest[stale] = alike[stale].max(1)
     return scores.to(rho.device)

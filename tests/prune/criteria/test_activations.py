@@ -252,7 +252,7 @@ def test_correlation_is_the_greedy_procedure() -> None:
     while len(left) > 1:
         pairs = [(rho[i, j], i, j) for i in left for j in left if i < j]
         value, i, j = max(pairs)
-        unit = max((i, j), key=lambda u: sum(rho[u, v] for v in left if v != u))
+        unit = max((i, j), key=lambda u: sum(rho[u, v] for v in range(8) if v != u))
         expected[unit] = 1 - value
         left.remove(unit)
     expected[left[0]] = 1.0
