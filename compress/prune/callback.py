@@ -19,21 +19,16 @@ from compress.prune.blocks import find_blocks
 from compress.prune.choice import Wishes, choose_blocks, choose_units, describe
 from compress.prune.criteria import CRITERIA
 from compress.prune.observations import Observations, Witness
-from compress.prune.planner import apply_removal
+from compress.prune.planner import replay_prune
 from compress.prune.recalibrate import recalibrate
 from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
 from compress.prune.schedules import Timetable, timetable
 from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
 
-__all__ = ["StructuredPruning", "replay_prune"]
+__all__ = ["StructuredPruning"]
 
 log = logging.getLogger(__name__)
-
-
-def replay_prune(network: nn.Module, edit: Edit) -> nn.Module:
-    """Carry out an edit of kind ``"prune"``."""
-    return apply_removal(network, edit.data)
 
 
 class StructuredPruning(ModelEditor):
@@ -95,6 +90,7 @@ class StructuredPruning(ModelEditor):
         tables: dict[str, tuple[str, Collection[str]]] = {
             "allocation": (allocation, ALLOCATIONS),
             "criterion": (criterion, CRITERIA),
+            "heads": (heads, ("whole", "width")),
         }
         for key, (name, table) in tables.items():
             if name not in table:
@@ -140,7 +136,7 @@ class StructuredPruning(ModelEditor):
             EditError: when a layer to ignore does not exist, there is nothing to remove, a target is out of reach, or
                 what is left does not run.
         """
-        anatomy = study(network, inputs, ignore=self.ignore)
+        anatomy = study(network, inputs, ignore=self.ignore, heads=self.heads)
         if self.wishes.depth and not find_blocks(anatomy):
             raise EditError(
                 f"prune.depth: expected residual blocks or layers that can be left out, got none in "
@@ -274,7 +270,7 @@ class StructuredPruning(ModelEditor):
         )
 
     def _study(self, pl_module: pl.LightningModule, inputs: Sequence[Tensor]) -> Anatomy:
-        return study(self.network(pl_module), inputs, ignore=self.ignore)
+        return study(self.network(pl_module), inputs, ignore=self.ignore, heads=self.heads)
 
     def _mark(self, pl_module: pl.LightningModule, planned: Edit | None) -> None:
         """Keep what is planned, and where its units lie."""

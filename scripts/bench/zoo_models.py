@@ -191,6 +191,9 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
         num_attention_heads=4,
         image_size=32,
     ),
+    "transformers/bert_12_layers": _transformers(
+        "BertForSequenceClassification", "BertConfig", vocab_size=30522, num_hidden_layers=12
+    ),
     "own/lstm": _own("lstm"),
     "own/gru_two_layers": _own("gru"),
     "own/conv1d": _own("conv1d"),

@@ -10,9 +10,10 @@ from compress.pipeline.report import _zeros
 
 
 def test_the_note_counts_zeros_and_promises_no_speed() -> None:
-    network = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 4))
+    second = nn.Linear(5, 4)
+    network = nn.Sequential(nn.Linear(4, 5), second)
     with torch.no_grad():
-        network[1].weight[:2] = 0
+        second.weight[:2] = 0
     run: Any = SimpleNamespace(network=lambda stage: (network, None))
     note = _zeros(run)
     assert "25.0% of all matrices and kernels are zero (1 50%)" in note

@@ -253,6 +253,7 @@ def test_an_edit_every_epoch() -> None:
         ({"schedule": "quadratic"}, r"prune\.schedule: expected one of cubic, linear, cosine, one_shot"),
         ({"criterion": "luck"}, r"prune\.criterion: expected one of .*l2"),
         ({"allocation": "fair"}, r"prune\.allocation: expected one of uniform, global, sensitivity"),
+        ({"heads": "half"}, r"prune\.heads: expected one of whole, width, got 'half'"),
         ({"depth": 1.0}, r"prune\.depth: expected a value in \[0, 1\), got 1\.0"),
         ({"min_width": 0}, r"prune\.min_width"),
         ({"start": 0.6, "end": 0.5}, r"prune\.start, prune\.end"),
@@ -277,3 +278,28 @@ def test_frozen_norms_stay_frozen_through_an_edit() -> None:
     assert not network.norm1.training
     assert torch.equal(network.norm1.running_mean, before[kept])  # type: ignore[arg-type]
     assert network.norm.training
+
+
+class Heads(nn.Module):
+    """One layer of attention over rows of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.qkv, self.proj = nn.Linear(8, 16), nn.Linear(16, 48), nn.Linear(16, 16)
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x[:, 0])
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.fc((x + self.proj(y)).mean(1))
+
+
+@pytest.mark.parametrize(("heads", "widths"), [("whole", [2, 1]), ("width", [8, 4])])
+def test_heads_go_whole_or_lose_width(heads: str, widths: list[int]) -> None:
+    torch.manual_seed(0)
+    module = Foreign(Heads())
+    fit(module, pruning(heads=heads, schedule="one_shot", round_to=1))
+    (edit,) = history_of(module)
+    assert edit.data["widths"]["qkv"] == widths
+    assert module.get_parameter("backbone.qkv.weight").shape == (24, 8)
