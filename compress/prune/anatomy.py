@@ -73,8 +73,8 @@ def study(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str]
     ignore = frozenset(ignore)
     graph = _graph(network, inputs)
     coupling = read_coupling(graph, heads=heads)
-    for operator, line in coupling.unknown.items():
-        log.warning("prune: %s has no rule, so what it touches stays (%s)", operator, line)
+    for gap in coupling.gaps():
+        log.warning("%s", gap)
     return Anatomy(network, tuple(inputs), graph, coupling, _named(network, coupling, ignore), ignore, heads)
 
 

@@ -62,6 +62,20 @@ class Coupling:
     graph_module: GraphModule
     shapes: dict[str, tuple[int, ...]]
 
+    def gaps(self) -> list[str]:
+        """Return a message for each operator without a rule: where it is called, what stays, and what can still go."""
+        possible = ", ".join([group.name for group in self.groups][:5]) or "none"
+        more = f" and {len(self.groups) - 5} more" if len(self.groups) > 5 else ""
+        messages = []
+        for name, line in self.unknown.items():
+            stay = dict.fromkeys(group.name for group in self.protected if group.reason == f"{name} has no rule")
+            messages.append(
+                f"prune: expected operators that have a rule, got {name} at {line}. What it touches stays "
+                f"({', '.join(stay) or 'no layer'}); what can still be pruned: {possible}{more}, "
+                f"{self.prunable_share():.0%} of the parameters. Call other operators there to prune more."
+            )
+        return messages
+
     def prunable_share(self) -> float:
         """Return the fraction of parameters that lie in a slice of some unit that can be removed."""
         touched: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -147,9 +161,11 @@ def _groups(labels: Labels) -> Iterator[Group]:
     slots = {(name, d): labels.units.find(each) for name, dims in labels.tensors.items() for d, each in dims.items()}
     for roots, own in _kinds(slots):
         # Units of one kind may yet differ in why they must stay.
-        reasons = [labels.units.reason(root) for root in roots.tolist()]
-        for why in dict.fromkeys(reasons):
-            alike = torch.tensor([reason == why for reason in reasons])
+        reasons = labels.units.reasons(roots)
+        numbers = {why: number for number, why in enumerate(dict.fromkeys(reasons))}
+        kinds = torch.tensor([numbers[reason] for reason in reasons])
+        for why, number in numbers.items():
+            alike = kinds == number
             indices = {slot: each[alike] for slot, each in own.items()}
             whole = any(each.shape[1] == len(slots[slot]) for slot, each in indices.items())
             reason = why or ("it is all that a tensor has" if whole and int(alike.sum()) == 1 else None)

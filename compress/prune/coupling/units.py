@@ -46,6 +46,8 @@ class Units:
     def __init__(self, heads: str = "whole") -> None:
         self.heads = heads
         self._parent = np.arange(1024)
+        self._stays = np.zeros(1024, dtype=bool)  # which roots have a reason
+        self._scratch = np.zeros(1024, dtype=np.int64)
         self._num = 1  # label 0 stands for none
         self._reasons: dict[int, str] = {}
         self.blocks: list[Block] = []
@@ -53,7 +55,10 @@ class Units:
     def fresh(self, num: int) -> Tensor:
         """Return new labels."""
         while self._num + num > len(self._parent):
-            self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * len(self._parent))])
+            size = len(self._parent)
+            self._parent = np.concatenate([self._parent, np.arange(size, 2 * size)])
+            self._stays = np.concatenate([self._stays, np.zeros(size, dtype=bool)])
+            self._scratch = np.zeros(2 * size, dtype=np.int64)
         self._num += num
         return torch.arange(self._num - num, self._num)
 
@@ -74,36 +79,38 @@ class Units:
         first, second = torch.broadcast_tensors(first, second)
         a, b = (self.find(labels.contiguous()).numpy().ravel() for labels in (first, second))
         low, high = np.minimum(a, b), np.maximum(a, b)
-        pairs = np.unique(low[low != high] * self._num + high[low != high])
+        differ = low != high
+        pairs = _distinct(low[differ] * self._num + high[differ])
         low, high = pairs // self._num, pairs % self._num
         alone = low == NONE
         if alone.any():
             self.protect(torch.from_numpy(high[alone]), "it meets values that have no counterpart to remove")
             low, high = low[~alone], high[~alone]
-        if len(np.unique(high)) == len(high) and not np.isin(high, low).any():
+        if self._are_distinct(high) and not self._meet(high, low):
             # The common case: as many units as before on one side, each with one of the other.
             self._parent[high] = low
-            if self._reasons:
-                known = np.fromiter(self._reasons, dtype=np.int64)
-                for position in np.flatnonzero(np.isin(high, known)).tolist():
-                    self._reasons.setdefault(int(low[position]), self._reasons.pop(int(high[position])))
+            for position in np.flatnonzero(self._stays[high]).tolist():
+                self._pass_on(int(high[position]), int(low[position]))
             return
         for one, other in zip(low.tolist(), high.tolist()):
             one, other = sorted((self._root(one), self._root(other)))
             if one != other:
                 self._parent[other] = one
-                if other in self._reasons:
-                    self._reasons.setdefault(one, self._reasons.pop(other))
+                if self._stays[other]:
+                    self._pass_on(other, one)
 
     def protect(self, labels: Tensor, reason: str) -> None:
         """Say that labels must stay."""
-        for label in torch.unique(self.find(labels.contiguous())).tolist():
-            if label != NONE:
-                self._reasons.setdefault(self._root(label), reason)
+        roots = _distinct(self.find(labels.contiguous()).numpy().ravel())
+        roots = roots[~self._stays[roots] & (roots != NONE)]
+        self._stays[roots] = True
+        self._reasons.update(dict.fromkeys(roots.tolist(), reason))
 
-    def reason(self, root: int) -> str | None:
-        """Return why a unit must stay, if it must."""
-        return self._reasons.get(root)
+    def reasons(self, roots: Tensor) -> list[str | None]:
+        """Return why each unit must stay, if it must."""
+        if not self._stays[roots.numpy()].any():
+            return [None] * len(roots)
+        return [self._reasons.get(root) for root in roots.tolist()]
 
     def protected(self) -> Iterable[int]:
         """Return the units that must stay."""
@@ -153,11 +160,32 @@ class Units:
     def _num_units(self) -> int:
         return int((self._parent[: self._num] == np.arange(self._num)).sum())
 
+    def _pass_on(self, root: int, other: int) -> None:
+        """Give the reason of what was a root to the one above, unless that has its own."""
+        self._reasons.setdefault(other, self._reasons.pop(root))
+        self._stays[[root, other]] = False, True
+
+    def _are_distinct(self, labels: np.ndarray) -> bool:
+        position = np.arange(len(labels))
+        self._scratch[labels] = position
+        return bool((self._scratch[labels] == position).all())
+
+    def _meet(self, labels: np.ndarray, others: np.ndarray) -> bool:
+        self._scratch[labels] = 0
+        self._scratch[others] = 1
+        return bool(self._scratch[labels].any())
+
     def _root(self, label: int) -> int:
         while self._parent[label] != label:
             self._parent[label] = self._parent[self._parent[label]]
             label = int(self._parent[label])
         return label
+
+
+def _distinct(numbers: np.ndarray) -> np.ndarray:
+    """Return sorted numbers, each once; labels come nearly sorted, which a stable sort makes use of."""
+    numbers = np.sort(numbers, kind="stable")
+    return numbers[np.append(True, numbers[1:] != numbers[:-1])] if len(numbers) else numbers
 
 
 def _constant_but(labels: Tensor, axis: int) -> bool:

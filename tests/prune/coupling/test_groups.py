@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compress.errors import CaptureError
+from compress.prune import apply_removal, describe_removal, study
 from compress.prune.coupling import Coupling, find_coupling
 from compress.prune.reference import reference_units
 from tests.prune.coupling.networks import NETWORKS, Attention, Dense, Grouped, GroupedQueries, Mixer, Shuffled
@@ -145,6 +148,20 @@ def test_an_operator_without_a_rule_protects_what_it_touches_and_is_named() -> N
     assert any("has no rule" in str(group.reason) for group in coupling.protected)
 
 
+def test_the_message_has_the_line_what_stays_and_what_is_still_possible(caplog: pytest.LogCaptureFixture) -> None:
+    network, x = Sorts(), torch.randn(2, 3)
+    (message,) = find_coupling(network, (x,)).gaps()
+    number = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "matrix_exp(x" in line)
+    assert f"test_groups.py:{number}: x = torch.linalg.matrix_exp(" in message
+    assert "What it touches stays (a); what can still be pruned: b, 68% of the parameters." in message
+    with caplog.at_level("WARNING"):
+        anatomy = study(network, (x,))  # what every plan begins with
+    assert message in caplog.messages
+    data = describe_removal(anatomy, {"b": torch.tensor([1, 4])})
+    assert data is not None
+    assert apply_removal(network, data)(x).shape == (2, 2)  # and it is possible
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +178,27 @@ def test_control_flow_that_depends_on_data_is_named_with_its_line() -> None:
         find_coupling(Branches(), (torch.randn(2, 3),))
     assert "test_groups.py" in str(caught.value)
     assert "if x.sum() > 0" in str(caught.value)
+    number = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "if x.sum() > 0" in line)
+    assert f"test_groups.py:{number}: if x.sum() > 0" in str(caught.value)
     assert "prune its parts one by one" in str(caught.value)
+    assert "distillation and the artefact do not need this" in str(caught.value)
+
+
+class Untraceable(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(torch.from_numpy(numpy.sort(x.detach().numpy().tolist())).float())  # leaves torch
+
+
+def test_a_network_that_cannot_be_exported_is_named_with_its_line() -> None:
+    with pytest.raises(CaptureError, match=r"can capture, got Untraceable") as caught:
+        find_coupling(Untraceable(), (torch.randn(2, 3),))
+    number = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "# leaves torch" in line)
+    assert f"test_groups.py:{number}: return self.a(" in str(caught.value)
+    assert "prune its parts one by one; distillation and the artefact do not need this" in str(caught.value)
 
 
 def test_the_network_is_left_alone() -> None:
