@@ -28,11 +28,13 @@ class Row:
     unit: str
 
 
-def options(description: str) -> argparse.Namespace:
-    """Read ``--quick`` and ``--json FILE``."""
+def options(description: str, more: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
+    """Read ``--quick`` and ``--json FILE``, and what ``more`` adds."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="a small case, in less than a minute")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
+    if more is not None:
+        more(parser)
     return parser.parse_args()
 
 

@@ -1,22 +1,28 @@
 """How long planning takes: couplings from the exported graph, beside Torch-Pruning's tracer, and how it grows.
 
-Needs the extra ``zoo``. Times are medians over rounds that take the planners in turn; export is shown by itself.
+Needs the extra ``zoo``. Seconds are those of the processor, in one thread: medians over rounds that take the planners
+in turn; export is shown by itself. ``--plot FILE`` draws planning over the graph's nodes.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import gc
 import logging
 import time
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from common import Row, finish, options
+from limit import OutOfTimeError, processor_time
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 from zoo_models import build
 
 from compress.prune.coupling import read_coupling, static_program
@@ -29,14 +35,31 @@ NETWORKS = [
     "torchvision/vit_b_16",
     "torchvision/vit_l_16",
     "torchvision/swin_b",
-    "transformers/bert",
+    "transformers/bert_12_layers",
 ]
+DECODER_LAYERS = (4, 8, 16)
+LIMIT_S = 60.0
+"""For one call of Torch-Pruning."""
 
 
 def main() -> None:
-    arguments = options(__doc__ or "")
+    arguments = options(__doc__ or "", _more)
     logging.disable(logging.WARNING)
-    names = NETWORKS[:2] if arguments.quick else NETWORKS
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    rows = _planning(NETWORKS[:2] if arguments.quick else NETWORKS, rounds=1 if arguments.quick else 3)
+    if not arguments.quick:
+        rows += _decoder()
+    finish(arguments, rows)
+    if arguments.plot:
+        _plot(rows, arguments.plot)
+
+
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--plot", metavar="FILE", type=Path, help="also draw planning there")
+
+
+def _planning(names: list[str], rounds: int) -> list[Row]:
     rows: list[Row] = []
     for name in track(names, "planning"):
         network, inputs = build(name)
@@ -47,20 +70,26 @@ def main() -> None:
             "torch_pruning": lambda network=network, inputs=inputs: _torch_pruning(network, inputs),
         }
         times: dict[str, list[float]] = {call: [] for call in calls}
-        for _ in range(1 if arguments.quick else 3):
+        for _ in range(rounds):
             for call, run in calls.items():
-                started = time.perf_counter()
-                try:
-                    run()
-                except Exception:  # a network that its tracer cannot take
-                    times[call].append(float("nan"))
-                    continue
-                times[call].append(time.perf_counter() - started)
+                times[call].append(_seconds(run) if times[call] != [float("inf")] else float("inf"))
         rows.append(Row(name, "nodes", len(graph.graph.nodes), ""))
         rows += [Row(name, call, median(values), "s") for call, values in times.items()]
-    if not arguments.quick:
-        rows += _decoder()
-    finish(arguments, rows)
+        gc.collect()  # tracers leave circles that hold the weights
+    return rows
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    """Return how long a call takes; infinity beyond the limit, NaN when it fails."""
+    started = time.process_time()
+    try:
+        with processor_time(LIMIT_S):
+            run()
+    except OutOfTimeError:
+        return float("inf")
+    except Exception:  # a network that Torch-Pruning's tracer cannot take
+        return float("nan")
+    return time.process_time() - started
 
 
 def _torch_pruning(network: nn.Module, inputs: Any) -> object:
@@ -69,12 +98,21 @@ def _torch_pruning(network: nn.Module, inputs: Any) -> object:
     return list(graph.get_all_groups(root_module_types=(nn.modules.conv._ConvNd, nn.Linear)))
 
 
+class _Logits(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens).logits
+
+
 def _decoder() -> list[Row]:
-    """A decoder of a billion parameters, without memory for them; 4, 8 and 16 layers, to see how time grows."""
+    """A decoder of a billion parameters, without memory for them; fewer of its layers too, to see how time grows."""
     import transformers
 
     rows = []
-    for layers in (4, 8, 16):
+    for layers in track(DECODER_LAYERS, "decoder"):
         config = transformers.LlamaConfig(
             vocab_size=32000,
             hidden_size=2048,
@@ -88,27 +126,46 @@ def _decoder() -> list[Row]:
         with torch.device("meta"):
             network = _Logits(transformers.LlamaForCausalLM(config)).eval()
             tokens = torch.zeros(2, 8, dtype=torch.int64)
-        started = time.perf_counter()
+        started = time.process_time()
         graph: Any = static_program(network, (tokens,)).module(check_guards=False)
-        exported = time.perf_counter()
-        groups = read_coupling(graph).groups
+        exported = time.process_time() - started
+        plans = [_seconds(lambda graph=graph: read_coupling(graph)) for _ in range(3)]
         name = f"decoder, {layers} layers, {sum(p.numel() for p in network.parameters()) / 1e9:.2f} G parameters"
         rows += [
             Row(name, "nodes", len(graph.graph.nodes), ""),
-            Row(name, "export", exported - started, "s"),
-            Row(name, "plan", time.perf_counter() - exported, "s"),
-            Row(name, "groups", len(groups), ""),
+            Row(name, "export", exported, "s"),
+            Row(name, "plan", median(plans), "s"),
+            Row(name, "groups", len(read_coupling(graph).groups), ""),
         ]
     return rows
 
 
-class _Logits(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+def _plot(rows: list[Row], file: Path) -> None:
+    """Draw planning over nodes; the decoder's sizes as a line of their own."""
+    import matplotlib
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.model(tokens).logits
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        found.setdefault(row.name, {})[row.metric] = row.value
+    decoder = [each for name, each in found.items() if name.startswith("decoder")]
+    others = {name: each for name, each in found.items() if not name.startswith("decoder")}
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    axes.plot([e["nodes"] for e in decoder], [e["plan"] for e in decoder], "o-", label="decoder, 4, 8, 16 layers")
+    nodes = [e["nodes"] for e in others.values()]
+    axes.plot(nodes, [e["plan"] for e in others.values()], "s", label="other networks")
+    axes.plot(nodes, [e["torch_pruning"] for e in others.values()], "x", label="the same, Torch-Pruning")
+    for name, each in others.items():
+        axes.annotate(
+            name.rpartition("/")[2], (each["nodes"], each["plan"]), (4, -9), textcoords="offset points", size=7
+        )
+    axes.set(xlabel="nodes of the graph", ylabel="planning, s (one thread)", xlim=(0, None), yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

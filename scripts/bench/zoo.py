@@ -1,146 +1,103 @@
 """Prune every architecture of the zoo by 30 %: channels, and whole heads where there are heads.
 
-Each one runs in its own process with a time limit: plan, remove, forward, backward, a step of the optimiser, replay
-from JSON on a fresh copy, export again. What is done stays done (``--results``); ``--only NAME`` runs some.
+Each one runs in its own process with a time limit. What is done stays done (``--results``); ``--only NAME`` runs some.
+``--check`` names what to do: ``prune`` (plan, remove, forward, backward, a step of the optimiser, replay, export
+again), ``torch_pruning`` (the same by Torch-Pruning), ``masked`` (what is left computes what the masked network does,
+for every group) or ``units`` (ours beside Torch-Pruning's). The table has what has been done of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import time
-import warnings
+import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
-from zoo_models import ARCHITECTURES, build
+from zoo_models import ARCHITECTURES
+from zoo_table import table
 
-RATIO = 0.3
+CHECKS = ("prune", "torch_pruning", "masked", "units")
+_IMPORTED_ONCE = ["zoo_models", "torchvision", "timm", "transformers", "zoo_checks"]
+_PATIENCE = 20
+"""How much longer than its processor time a process may take, on a machine that has other work."""
+_PROCESSES = multiprocessing.get_context("forkserver")
 
 
 def main() -> None:
     """Run what is missing and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="some architectures")
+    parser.add_argument("--check", nargs="+", choices=CHECKS, default=["prune"], help="what to do with each")
     parser.add_argument("--results", type=Path, default=Path("runs/zoo"), help="folder of what is done")
-    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds of processor time for each")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table there, as Markdown")
-    parser.add_argument("--one", metavar="NAME", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(_prune(options.one)))
-        return
-    options.results.mkdir(parents=True, exist_ok=True)
     names = options.only or list(ARCHITECTURES)
-    missing = [name for name in names if not _file(options.results, name).exists()]
+    missing = [(check, name) for check in options.check for name in names if not _file(options, check, name).exists()]
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    _PROCESSES.set_forkserver_preload(_IMPORTED_ONCE)
     with ThreadPoolExecutor(options.jobs) as pool:
-        jobs = [pool.submit(_run, name, options.results, options.limit) for name in missing]
+        jobs = [pool.submit(_run, options, check, name) for check, name in missing]
         for job in track(jobs, "pruning"):
             job.result()
-    rows = [json.loads(_file(options.results, name).read_text()) for name in names]
-    table = _table(rows)
-    Console(width=160).print(table)
+    rows = {check: {name: _read(options, check, name) for name in names} for check in CHECKS}
+    text = table(names, rows)
+    Console(width=200).print(text)
     if options.table:
-        options.table.write_text(table)
+        options.table.write_text(text)
     if options.json:
-        entries = [{"name": row["name"], "metric": "prune_pass", "value": row["pass"], "unit": ""} for row in rows]
+        entries = [
+            {"name": name, "metric": f"{check}_pass", "value": rows[check][name]["pass"], "unit": ""}
+            for check in options.check
+            for name in names
+        ]
         options.json.write_text(json.dumps(entries, indent=1))
 
 
-def _run(name: str, folder: Path, limit: float) -> None:
-    command = [sys.executable, str(Path(__file__)), "--one", name]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    row: dict[str, Any] = {"name": name, "pass": 0}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False, env=environment)
-        lines = done.stdout.strip().splitlines()
-        row = json.loads(lines[-1]) if lines and done.returncode == 0 else {**row, "reason": done.stderr[-300:]}
-    except subprocess.TimeoutExpired:
-        row["reason"] = f"longer than {limit:.0f} s"
-    temporary = _file(folder, name).with_suffix(".tmp")
+def _run(options: argparse.Namespace, check: str, name: str) -> None:
+    file = _file(options, check, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    process = _PROCESSES.Process(target=_check, args=(name, check, file, int(options.limit)))
+    process.start()
+    process.join(_PATIENCE * options.limit)
+    out_of_time = process.is_alive() or process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+    process.kill()
+    process.join()
+    if not file.exists():
+        reason = f"longer than {options.limit:.0f} s" if out_of_time else f"ended with code {process.exitcode}"
+        _write({"name": name, "pass": 0, "reason": reason}, file)
+
+
+def _check(name: str, check: str, file: Path, limit: int) -> None:
+    from zoo_checks import checked
+
+    resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+    _write(checked(name, check), file)
+
+
+def _write(row: dict[str, Any], file: Path) -> None:
+    temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(row))
-    os.replace(temporary, _file(folder, name))
+    os.replace(temporary, file)
 
 
-def _file(folder: Path, name: str) -> Path:
-    return folder / f"{name.replace('/', '_')}.json"
+def _file(options: argparse.Namespace, check: str, name: str) -> Path:
+    return options.results / check / f"{name.replace('/', '_')}.json"
 
 
-def _prune(name: str) -> dict[str, Any]:
-    """Prune one architecture and do with it what a fit would."""
-    from compress.prune import apply_removal, find_groups, plan_removal
-    from compress.prune.coupling import read_coupling, static_program
-    from compress.surgery import Captured
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    row: dict[str, Any] = {"name": name, "pass": 0}
-    try:
-        network, inputs = build(name)
-        started = time.perf_counter()
-        graph: Any = static_program(network, inputs).module(check_guards=False)
-        exported = time.perf_counter()
-        coupling = read_coupling(graph)
-        row |= {"export_s": exported - started, "plan_s": time.perf_counter() - exported}
-        row |= {"nodes": len(graph.graph.nodes), "share": coupling.prunable_share(), "unknown": list(coupling.unknown)}
-        widths = {group.name: group.width for group in find_groups(network, inputs)}
-        data = plan_removal(
-            network, inputs, {group: max(1, width - max(1, int(RATIO * width))) for group, width in widths.items()}
-        )
-        assert data is not None, "nothing can be removed"
-        row |= {"groups": len(widths), "form": data["form"]}
-        original = copy.deepcopy(network)
-        network = apply_removal(network.train(), data)
-        row["left"] = _size(network) / _size(original)
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
-        _first(network(*inputs)).float().square().mean().backward()
-        optimizer.step()
-        replayed = apply_removal(original, json.loads(json.dumps(data)))
-        replayed.load_state_dict(network.state_dict())
-        with torch.no_grad():
-            got, expected = _first(replayed.eval()(*inputs)), _first(network.eval()(*inputs))
-        assert torch.allclose(got, expected, atol=1e-4, rtol=1e-3), "the replayed network differs"
-        static_program(network.graph_module if isinstance(network, Captured) else network, inputs)
-        row["pass"] = 1
-    except Exception as error:  # whatever fails is a row of the table
-        row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return row
-
-
-def _size(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-def _first(outputs: Any) -> torch.Tensor:
-    if isinstance(outputs, torch.Tensor):
-        return outputs
-    return _first(next(iter(outputs.values() if isinstance(outputs, dict) else outputs)))
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{sum(row['pass'] for row in rows)} of {len(rows)} pass.",
-        "",
-        "| Architecture | Passes | Prunable share | Parameters left | Groups | Nodes | Export, s | Plan, s | Edit on |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|",
-    ]
-    for row in rows:
-        cells = [row["name"], "yes" if row["pass"] else f"no: {row.get('reason', '')}".replace("|", "/")]
-        cells += [f"{100 * row[key]:.1f} %" if key in row else "" for key in ("share", "left")]
-        cells += [str(row.get(key, "")) for key in ("groups", "nodes")]
-        cells += [f"{row[key]:.1f}" if key in row else "" for key in ("export_s", "plan_s")]
-        lines.append(f"| {' | '.join([*cells, row.get('form', '')])} |")
-    return "\n".join(lines) + "\n"
+def _read(options: argparse.Namespace, check: str, name: str) -> dict[str, Any]:
+    file = _file(options, check, name)
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ARCHITECTURES", "build"]
+__all__ = ["ARCHITECTURES", "build", "first_output", "size"]
 
 Made = tuple[nn.Module, tuple[Tensor, ...]]
 _LIBRARIES: list[Any] = []
@@ -208,3 +208,15 @@ def build(name: str) -> Made:
     torch.manual_seed(0)
     network, inputs = ARCHITECTURES[name]()
     return network.eval(), inputs
+
+
+def first_output(outputs: Any) -> Tensor:
+    """Return the first tensor of what a network returns."""
+    if isinstance(outputs, Tensor):
+        return outputs
+    return first_output(next(iter(outputs.values() if isinstance(outputs, dict) else outputs)))
+
+
+def size(network: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
