@@ -161,7 +161,9 @@ def _plot(rows: list[Row], file: Path) -> None:
         axes.annotate(
             name.rpartition("/")[2], (each["nodes"], each["plan"]), (4, -9), textcoords="offset points", size=7
         )
-    axes.set(xlabel="nodes of the graph", ylabel="planning, s (one thread)", xlim=(0, 1.12 * max(nodes)), ylim=(0, None))
+    axes.set(
+        xlabel="nodes of the graph", ylabel="planning, s (one thread)", xlim=(0, 1.12 * max(nodes)), ylim=(0, None)
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     file.parent.mkdir(parents=True, exist_ok=True)
