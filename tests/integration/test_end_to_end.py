@@ -47,13 +47,9 @@ def report(run: Path) -> dict[str, Any]:
 def test_the_run_directory_is_complete(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert {"recipe.yaml", "checkpoints", "logs", "artifact", "report.json", "report.html"} <= names
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {
-        "teacher.pt",
-        "baseline.pt",
-        "distilled.pt",
-        "pruned.pt",
-        "final.pt",
-    }
+    stages = ("teacher", "baseline", "distilled", "pruned", "final")
+    files = {f"{stage}{suffix}" for stage in stages for suffix in (".pt", ".history.json")}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == files
     assert not list(run.rglob("*.tmp"))
 
 
