@@ -85,17 +85,18 @@ def _compress(step: str, folder: Path, words: Sequence[str]) -> None:
 def _rows(folders: dict[tuple[str, float, int], Path]) -> list[dict[str, Any]]:
     """Measure all networks in one interleaved run, and read what their runs have written."""
     import torch
-    from compress.prune.allocation.engines import prepared
 
     from compress.measure import macs
     from compress.measure.latency import measure_latency
     from compress.pipeline import open_run
+    from compress.prune import Target
+    from compress.prune.allocation.latency.cost import network_call
 
     rows, calls = [], {}
     for (method, target, seed), folder in folders.items():
         network, history = open_run(folder, overrides=[], console=Console(quiet=True)).network("final")
         image = torch.randn(1, 1, 28, 28)
-        calls[f"{method} {target} {seed}"] = prepared(network, (image,), "onnxruntime")
+        calls[f"{method} {target} {seed}"] = network_call(network, (image.repeat(2, 1, 1, 1),), Target(latency_ms=1.0))
         figures = [edit.data["target"] for edit in history if "target" in edit.data]
         rows.append(
             {

@@ -60,12 +60,21 @@ class StageSnapshots(Callback):
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
 
+    def on_before_masking(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save before units are held at zero, long before an edit cuts them off."""
+        self._save(trainer, pl_module, "distilled")
+
     def on_before_edit(self, trainer: pl.Trainer, pl_module: pl.LightningModule, edit: Edit) -> None:
         """Save when an edit is the first of its kind."""
         history = history_of(pl_module)
-        if trainer.is_global_zero and not history.count(edit.kind):
-            stage = "pruned" if history.count("prune") else "distilled"
-            save_snapshot(self.run.snapshot(stage), pl_module.student, history)  # type: ignore[arg-type]
+        if not history.count(edit.kind):
+            self._save(trainer, pl_module, "pruned" if history.count("prune") else "distilled")
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        path = self.run.snapshot(stage)
+        # What is there is the same, from before a stop, or from before units were held at zero.
+        if trainer.is_global_zero and not path.exists():
+            save_snapshot(path, pl_module.student, history_of(pl_module))  # type: ignore[arg-type]
 
 
 def _loggers(run: RunDirectory) -> list[Any]:

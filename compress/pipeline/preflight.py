@@ -23,7 +23,7 @@ def preflight(recipe: Recipe) -> None:
     Raises:
         DataError: when the data are missing, do not fit the networks, or cannot have keys that a cache needs.
         RecipeError: when the teacher's checkpoint does not fit, or a loss does not fit student and teacher.
-        EditError: when the student cannot be pruned, or a layer to ignore does not exist.
+        EditError: when the student cannot be pruned or made sparse, or a layer to ignore does not exist.
         CaptureError: when the student cannot be quantised.
     """
     recipe.data.prepare_data()
@@ -47,6 +47,8 @@ def preflight(recipe: Recipe) -> None:
     student = copy.deepcopy(recipe.student)
     if recipe.prune is not None:
         recipe.prune.rehearse(student, (inputs,))
+    if recipe.sparsify is not None:
+        recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
         prepare(student, (inputs,), recipe.quantize.scheme)
 

@@ -91,7 +91,11 @@ def _widths(run: RunDirectory) -> list[dict[str, Any]]:
 def _target(history: History) -> Target | None:
     """Return what the last edit with a target says of it."""
     targets = [edit.data["target"] for edit in history if edit.data.get("target")]
-    return Target(**{entry.name: targets[-1].get(entry.name) for entry in fields(Target)}) if targets else None
+    if not targets:
+        return None
+    last = targets[-1]
+    # An edit on the way may have met the goal already, with nothing left for the last one.
+    return Target(**{entry.name: last.get(entry.name) for entry in fields(Target)} | {"wanted": last["goal"]})
 
 
 def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
@@ -111,7 +115,7 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
         notes.append(_zeros(run))
     if recipe.prune is not None and recipe.teacher is not None:
         notes.append(
-            f"Distilled: the student just before its first removal, at {recipe.prune.start:.0%} of the epochs; "
+            f"Distilled: the student just before its first removal, at {recipe.prune.first_edit:.0%} of the epochs; "
             "the learning rate has not come down yet."
         )
     return notes

@@ -88,7 +88,7 @@ def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitiv
     network, device = run.network(stage)[0], _device(run)
     first = next(iter(loader))
     inputs = [tensor[:2].to(device) for tensor in read_batch(first).inputs]
-    anatomy = study(network.to(device), inputs, ignore=pruning.ignore)
+    anatomy = study(network.to(device), inputs, ignore=pruning.ignore, heads=pruning.heads)
     if not anatomy.groups:
         raise EditError(
             f"sensitivity: expected layers that can be pruned, got none in {type(network).__name__}. "
@@ -98,6 +98,7 @@ def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitiv
         "weights": fingerprint_module(network),
         "data": f"{num_batches} batches, the first {fingerprint_tensors(*first)}, {_text(run, 'data', 'task')}",
         "criterion": criterion,
+        "heads": pruning.heads,
         "layers": f"all but {', '.join(pruning.ignore)}" if pruning.ignore else "all",
     }
     curves = _found(run, measured_on)

@@ -63,7 +63,7 @@ def train(
         "num_sanity_val_steps": 0,
         "callbacks": [*callbacks, *copy.deepcopy(recipe.trainer.get("callbacks") or []), curves, RandomStates()],
     }
-    if phase != "student":
+    if phase not in ("student", "baseline"):  # the limit is the student's, and the baseline gets as much
         arguments["max_steps"] = -1
     if arguments.get("enable_progress_bar") is not False:
         arguments["callbacks"].append(RichProgressBar(leave=False))

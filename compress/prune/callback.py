@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
 from compress.prune.schedules import Timetable, timetable
 from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress
+from compress.surgery.timeline import length
 
 __all__ = ["StructuredPruning"]
 
@@ -98,20 +98,28 @@ class StructuredPruning(ModelEditor):
         for key, number in [("round_to", round_to), ("min_width", min_width)]:
             if number < 1:
                 raise RecipeError(f"prune.{key}: expected at least 1, got {number}. Use 1 or more.")
-        timetable(schedule, start=start, end=end, num_edits=num_edits)
+        first = timetable(schedule, start=start, end=end, num_edits=num_edits, steps=1, epochs=1)[0][0]
+        self.removal = removal or Removal()
+        planned = first - (self.removal.lead if self.removal.penalty else 0)
+        if CRITERIA[criterion].needs == "gradients" and planned <= 0:
+            raise RecipeError(
+                f"prune.start: expected some steps before the first choice for criterion {criterion!r}, which looks at "
+                f"their gradients, got a choice at {max(0.0, planned)}. Start later, or choose another criterion."
+            )
+        self.first_edit = first
         self.wishes = Wishes(ratio, target, allocation, criterion, depth, round_to, min_width)
         self.heads = heads
         self.schedule = schedule
         self.start = start
         self.end = end
         self.num_edits = num_edits
-        self.removal = removal or Removal()
         self.ignore = tuple(ignore)
         self._done = 0
         self._witness = Witness(
             criterion, inputs=depth > 0 or allocation == "sensitivity", least=self.removal.recalibrate
         )
         self._pending: Edit | None = None
+        self._num_planned = 0
         self._doomed: Doomed = []
         self._timetable: Timetable | None = None
 
@@ -137,10 +145,10 @@ class StructuredPruning(ModelEditor):
                 what is left does not run.
         """
         anatomy = study(network, inputs, ignore=self.ignore, heads=self.heads)
-        if self.wishes.depth and not find_blocks(anatomy):
+        if self.wishes.depth and not round(self.wishes.depth * len(blocks := find_blocks(anatomy))):
             raise EditError(
-                f"prune.depth: expected residual blocks or layers that can be left out, got none in "
-                f"{type(network).__name__}. Leave prune.depth out."
+                f"prune.depth: expected residual blocks or layers that can be left out, got none at "
+                f"{self.wishes.depth} of {len(blocks)} in {type(network).__name__}. Raise prune.depth, or leave it out."
             )
         plain = replace(self.wishes, criterion="l2", allocation="uniform")
         if plain.target is not None and (self.wishes.depth or "latency" in plain.target.currency):
@@ -151,11 +159,16 @@ class StructuredPruning(ModelEditor):
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed fit needs to remove the same units at the same steps."""
         pending = dict(self._pending.data) if self._pending else None
-        return {"done": self._done, "pending": pending, "witness": self._witness.state_dict()}
+        return {
+            "done": self._done,
+            "planned": self._num_planned,
+            "pending": pending,
+            "witness": self._witness.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what ``state_dict`` gave."""
-        self._done = state_dict["done"]
+        self._done, self._num_planned = state_dict["done"], state_dict["planned"]
         self._pending = Edit(self.kind, state_dict["pending"]) if state_dict["pending"] else None
         self._witness.load_state_dict(state_dict["witness"])
 
@@ -178,8 +191,9 @@ class StructuredPruning(ModelEditor):
         due = sum(now >= when for when, _ in table)
         if due > self._done:
             self._remove(trainer, pl_module, batch, due)
-        elif self.removal.penalty and self._pending is None and now >= table[self._done][0] - self.removal.lead:
-            self._mark(pl_module, self._plan(trainer, pl_module, batch, table[self._done][1]))
+        elif self.removal.penalty and self._num_planned == due and now >= table[due][0] - self.removal.lead:
+            self._mark(pl_module, self._plan(trainer, pl_module, batch, table[due][1]))
+            self._num_planned = due + 1
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -202,13 +216,9 @@ class StructuredPruning(ModelEditor):
 
     def _table(self, trainer: pl.Trainer) -> Timetable:
         if self._timetable is None:
+            steps, epochs = length(trainer)
             self._timetable = timetable(
-                self.schedule,
-                start=self.start,
-                end=self.end,
-                num_edits=self.num_edits,
-                steps=float(trainer.estimated_stepping_batches),
-                epochs=math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 1),
+                self.schedule, start=self.start, end=self.end, num_edits=self.num_edits, steps=steps, epochs=epochs
             )
             if self.wishes.nothing:
                 self._timetable = []
@@ -218,10 +228,15 @@ class StructuredPruning(ModelEditor):
         """Carry out the edits that are due as one."""
         table = self._table(trainer)
         last = due == len(table)
-        planned = self._pending if self.removal.penalty else None
-        if planned is None:
+        if self._num_planned == due and self.removal.penalty:
+            planned = self._pending
+        else:  # not yet, or for an edit that this one overtakes
             planned = self._plan(trainer, pl_module, batch, table[due - 1][1])
+        self._num_planned = due
         if self.removal.form == "soft" and not last:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if hasattr(callback, "on_before_masking"):
+                    callback.on_before_masking(trainer, pl_module)
             self._mark(pl_module, planned)
             silence(self._doomed)
         else:
@@ -262,9 +277,13 @@ class StructuredPruning(ModelEditor):
                     buffer.copy_(_mean(trainer)(buffer))
 
     def _nothing(self, network: nn.Module) -> EditError:
-        wish = f"at ratio {self.wishes.ratio}" if self.wishes.target is None else f"for {self.wishes.target}"
+        if self.wishes.target is not None:
+            return EditError(
+                f"prune.target.{self.wishes.target.currency}: expected less than {type(network).__name__} costs now, "
+                f"got {self.wishes.target.value}: there is nothing to remove. Ask for less, or leave prune out."
+            )
         return EditError(
-            f"prune: expected something to remove {wish}, got nothing: no group of channels in "
+            f"prune: expected something to remove at ratio {self.wishes.ratio}, got nothing: no group of channels in "
             f"{type(network).__name__} is wider than {self.wishes.round_to} and unprotected. "
             "Lower prune.round_to, shorten prune.ignore, or leave prune out."
         )

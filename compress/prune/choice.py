@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.prune.allocation import Candidate, Target, allocate, fit_to_target, make_cost
+from compress.prune.allocation import Candidate, Cost, Target, allocate, fit_to_target, make_cost
 from compress.prune.anatomy import Anatomy
 from compress.prune.blocks import find_blocks
 from compress.prune.criteria import score_groups
@@ -58,7 +58,7 @@ def choose_units(seen: Observations, wishes: Wishes, fraction: float, history: H
 
     Returns:
         Data of an edit, or none when nothing is to go. Where there is a target, ``target`` holds ``metric``,
-        ``wanted``, ``reached``, ``original`` and ``engine``.
+        ``wanted`` now, ``goal`` in the end, ``reached``, ``original`` and ``engine``.
 
     Raises:
         EditError: when a target is out of reach, or what is left does not run.
@@ -85,11 +85,11 @@ def choose_units(seen: Observations, wishes: Wishes, fraction: float, history: H
         return describe_removal(anatomy, least(scores, widths))
     widths, figures = _meet(anatomy, candidates, wishes, wishes.target, fraction, history)
     plan = describe_removal(anatomy, least(scores, widths))
-    return {**plan, "target": figures} if plan is not None else None
+    return {**plan, "target": figures, "original_cost": figures["original"]} if plan is not None else None
 
 
 def choose_blocks(seen: Observations, wishes: Wishes, fraction: float, history: History) -> dict[str, Any] | None:
-    """Describe which blocks are to go, those that change least what they are given.
+    """Describe which blocks are to go, those that change least what they are given; they go before units.
 
     Args:
         seen: The network as it is now, and recent inputs.
@@ -107,7 +107,11 @@ def choose_blocks(seen: Observations, wishes: Wishes, fraction: float, history: 
     if surplus <= 0:
         return None
     influence = block_influence(anatomy, seen.batches)
-    return describe_removal(anatomy, {}, blocks=sorted(influence, key=influence.__getitem__)[:surplus])
+    plan = describe_removal(anatomy, {}, blocks=sorted(influence, key=influence.__getitem__)[:surplus])
+    if plan is None or wishes.target is None:
+        return plan
+    # What a target is a fraction of, before anything has gone.
+    return {**plan, "original_cost": _original_cost(anatomy, make_cost(anatomy, wishes.target), history)}
 
 
 def _meet(
@@ -119,9 +123,8 @@ def _meet(
     history: History,
 ) -> tuple[dict[str, int], dict[str, Any]]:
     """Return widths with which the network costs what it may at this point of the way to the target."""
-    seen = [edit.data["target"]["original"] for edit in history if "target" in edit.data]
     cost = make_cost(anatomy, target)
-    original = seen[0] if seen else cost.measure(anatomy.network, anatomy.inputs)
+    original = _original_cost(anatomy, cost, history)
     wanted = original - fraction * (original - target.absolute(original))
     found = fit_to_target(
         anatomy,
@@ -136,11 +139,18 @@ def _meet(
     figures = {
         "metric": found.currency,
         "wanted": wanted,
+        "goal": target.absolute(original),
         "reached": found.reached,
         "original": original,
         "engine": target.engine if "latency" in target.currency else None,
     }
     return found.widths, figures
+
+
+def _original_cost(anatomy: Anatomy, cost: Cost, history: History) -> float:
+    """Return what the network cost before any pruning, from the first edit that knows it."""
+    known = [edit.data["original_cost"] for edit in history if "original_cost" in edit.data]
+    return known[0] if known else cost.measure(anatomy.network, anatomy.inputs)
 
 
 def _original_widths(history: History) -> dict[str, int]:

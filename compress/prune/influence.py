@@ -49,7 +49,7 @@ def block_influence(anatomy: Anatomy, batches: Iterable[Tensor | Sequence[Tensor
             recorder.run(*piece)
             num += size
             for name, cosine in recorder.cosines.items():
-                total[name] += float(cosine[:size].sum())
+                total[name] += size * float(cosine)
     if num == 0:
         raise EditError("prune: expected batches to measure blocks on, got none. Give at least one.")
     return {name: 1 - value / num for name, value in total.items()}
@@ -91,8 +91,9 @@ class _Recorder(Interpreter):
             dim = self._dims[block.name]
             if dim is None:
                 dim = 2 if value.dim() == 3 else 1
-            cosine = torch.cosine_similarity(self._given.pop(block.source).float(), value.float(), dim=dim)
-            self.cosines[block.name] = cosine.flatten(1).mean(1) if cosine.dim() > 1 else cosine
+            # Of all samples and places alike, wherever the network has its batch; copies that fill up a piece count.
+            cosine = torch.cosine_similarity(self._given[block.source].float(), value.float(), dim=dim)
+            self.cosines[block.name] = cosine.mean()
         if n in self._sources:
             self._given[n] = value.clone()  # operators that work in place may change it
         return value

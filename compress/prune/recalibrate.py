@@ -71,6 +71,7 @@ def _captured(network: Captured) -> Parts:
     network.train(False)
     network.sync_mode()
     nodes = [node for node in graph.graph.nodes if node.target is _NORM and node.args[3] is not None]
+    nodes = [node for node in nodes if str(node.args[3].target) not in network.frozen]
     before = [node.args[_MOMENTUM] for node in nodes]
 
     def set_momentum(value: float) -> None:

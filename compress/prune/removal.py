@@ -12,7 +12,10 @@ from compress.errors import RecipeError
 from compress.prune.penalty import PENALTIES
 from compress.surgery.slicing import Slices
 
-__all__ = ["Removal", "doomed_slices", "push", "silence"]
+__all__ = ["DIRECTIONS", "Removal", "doomed_slices", "push", "silence"]
+
+DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
+"""The direction of a weight normalisation: its length at zero is enough, and a direction of length 0 divides by 0."""
 
 _FORMS = ("hard", "soft")
 
@@ -65,7 +68,7 @@ Doomed = list[tuple[nn.Parameter, int, Tensor]]
 
 
 def doomed_slices(network: nn.Module, slices: Slices) -> Doomed:
-    """Return what an edit will remove of each parameter.
+    """Return what an edit will remove of each parameter; a normalised weight goes by its length.
 
     Args:
         network: Before the edit.
@@ -81,6 +84,8 @@ def doomed_slices(network: nn.Module, slices: Slices) -> Doomed:
         if name in parameters:
             parameter = parameters[name]
             for dim, kept in dims.items():
+                if dim == "0" and name.endswith(DIRECTIONS):
+                    continue
                 stays = torch.zeros(parameter.shape[int(dim)], dtype=torch.bool)
                 stays[list(kept)] = True
                 found.append((parameter, int(dim), (~stays).nonzero()[:, 0].to(parameter.device)))

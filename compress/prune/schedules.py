@@ -145,6 +145,10 @@ def _spacing(
                 f"{where}.num_edits: expected a number, or '200 steps', or '2 epochs', got {num_edits!r}. Use 5, say."
             )
         total = steps if match[2] == "step" else epochs
+        if not total > 0:
+            raise RecipeError(
+                f"{where}.num_edits: expected a fit of known length for {num_edits!r}, got one without. Use a number."
+            )
         gap = int(match[1]) / total
         return (math.floor((end - start) / gap + 1e-9) + 1 if gap > 0 else 1), gap
     number = int(num_edits)

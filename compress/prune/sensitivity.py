@@ -17,15 +17,13 @@ from torch.nn import functional as F
 from compress.measure.modes import kept_modes
 from compress.prune.anatomy import Anatomy
 from compress.prune.planner import least
+from compress.prune.removal import DIRECTIONS
 
 __all__ = ["RATIOS", "divergence", "judging", "measure_sensitivity", "num_silent", "silenced"]
 
 RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 Value = TypeVar("Value")
-
-# The direction of a weight normalisation: its length, silenced beside it, is enough, and a length of 0 divides by 0.
-_DIRECTIONS = ("weight_v", "parametrizations.weight.original1")
 
 
 def measure_sensitivity(
@@ -120,7 +118,7 @@ def silenced(anatomy: Anatomy, gone: Mapping[str, Tensor]) -> Iterator[nn.Module
                     tensor = tensors.get(tensor_name)
                     if tensor is None or not tensor.is_floating_point():
                         continue
-                    if dim == 0 and tensor_name.endswith(_DIRECTIONS):
+                    if dim == 0 and tensor_name.endswith(DIRECTIONS):
                         continue
                     slices = indices[units].flatten().unique().to(tensor.device)
                     kept.append((tensor, dim, slices, tensor.index_select(dim, slices)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,9 +15,10 @@ from compress.errors import EditError, RecipeError
 from compress.prune.masks import global_masks, magnitude_mask, nm_mask, parse_pattern, sparse_weights
 from compress.prune.schedules import Timetable, timetable
 from compress.surgery import Edit
-from compress.surgery.editor import progress
+from compress.surgery.editor import find_network, progress
 from compress.surgery.relink import check_strategy
 from compress.surgery.slicing import slice_tensor
+from compress.surgery.timeline import length
 
 __all__ = ["WeightSparsity"]
 
@@ -103,13 +103,15 @@ class WeightSparsity(Callback):
         Raises:
             EditError: when the module has no such attribute.
         """
-        network = getattr(pl_module, self.attribute, None)
-        if not isinstance(network, nn.Module):
-            raise EditError(
-                f"WeightSparsity.attribute: expected the name of a network of {type(pl_module).__name__}, "
-                f"got {self.attribute!r}. Its networks are: {', '.join(dict(pl_module.named_children()))}."
-            )
-        return network
+        return find_network(pl_module, self.attribute, who=type(self).__name__)
+
+    def rehearse(self, network: nn.Module) -> None:
+        """Look for layers to make sparse, so that what would fail in mid-fit fails now.
+
+        Raises:
+            EditError: when there is none, or a layer to ignore does not exist.
+        """
+        self._names(network)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything runs."""
@@ -129,13 +131,14 @@ class WeightSparsity(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Read the schedule for this fit."""
         self._pairs = None
+        steps, epochs = length(trainer)
         self._timetable = timetable(
             self.schedule,
             start=self.start,
             end=self.end,
             num_edits=self.num_edits,
-            steps=float(trainer.estimated_stepping_batches),
-            epochs=math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 1),
+            steps=steps,
+            epochs=epochs,
             where=self.kind,
         )
 
@@ -174,16 +177,7 @@ class WeightSparsity(Callback):
 
     def _draw(self, network: nn.Module) -> None:
         weights = {name: weight.detach() for name, weight in network.named_parameters()}
-        names = list(self._masks) or sparse_weights(network, self.ignore)
-        if self._grid is not None:
-            names = [name for name in names if weights[name].shape[1] % self._grid[1] == 0]
-        if not names:
-            raise EditError(
-                f"sparsify: expected layers of {type(network).__name__} to make sparse, got none for pattern "
-                f"{self.pattern}. Only matrices and kernels count, and without sparsify.ignore neither the first nor "
-                "the last: set sparsify.ignore, or leave sparsify out."
-            )
-        chosen = {name: weights[name] for name in names}
+        chosen = {name: weights[name] for name in self._names(network)}
         if self._grid is not None:
             n, m = self._grid
             kept = m - round((m - n) * self._share)
@@ -198,6 +192,20 @@ class WeightSparsity(Callback):
         zeros = sum(int((~mask).sum()) for mask in fresh.values())
         total = sum(mask.numel() for mask in fresh.values())
         log.info("sparsify: %.1f %% of the weights of %d layers are zero", 100 * zeros / total, len(fresh))
+
+    def _names(self, network: nn.Module) -> list[str]:
+        """Return the weights that are or become sparse."""
+        shapes = {name: weight.shape for name, weight in network.named_parameters()}
+        names = list(self._masks) or sparse_weights(network, self.ignore)
+        if self._grid is not None:
+            names = [name for name in names if shapes[name][1] % self._grid[1] == 0]
+        if not names:
+            raise EditError(
+                f"sparsify: expected layers of {type(network).__name__} to make sparse, got none for pattern "
+                f"{self.pattern}. Only matrices and kernels count, and without sparsify.ignore neither the first nor "
+                "the last: set sparsify.ignore, or leave sparsify out."
+            )
+        return names
 
     @torch.no_grad()
     def _hold(self, network: nn.Module) -> None:

@@ -40,6 +40,7 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captur
     quantizer = get_scheme(scheme).quantizer()
     captured = capture(network, inputs).train()
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
+    _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
     try:
         graph_module = prepare_qat_pt2e(captured.graph_module, quantizer)
@@ -52,7 +53,7 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captur
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             module.register_forward_pre_hook(_in_float32)
-    prepared = Captured(graph_module).train(network.training)
+    prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
             f"quantize: expected convolutions or linear layers that scheme {scheme!r} can quantise, got none in "
@@ -139,14 +140,29 @@ def _norm_constants(graph_module: GraphModule) -> dict[str, tuple[float, float]]
     return {
         str(node.args[4].target): (node.args[6], node.args[7])
         for node in graph_module.graph.nodes
-        if node.target is _BATCH_NORM
+        if _has_statistics(node)
     }
+
+
+def _check_norms(graph_module: GraphModule) -> None:
+    """Refuse what PT2E's fused pattern would compute with statistics that are not there."""
+    for node in graph_module.graph.nodes:
+        if node.target is _BATCH_NORM and node.args[4] is None and "conv" in str(node.args[0].target):
+            names = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            raise CaptureError(
+                f"quantize: expected BatchNorms with running statistics behind convolutions, got {names[-1]!r} "
+                "without. Set track_running_stats=True, or leave quantize out."
+            )
+
+
+def _has_statistics(node: Node) -> bool:
+    return node.target is _BATCH_NORM and node.args[4] is not None
 
 
 def _restore_norm_constants(graph_module: GraphModule, norms: Mapping[str, tuple[float, float]]) -> None:
     """Undo that PT2E's fused pattern has momentum 0.1 and eps 1e-5 written in (pytorch/ao#2980)."""
     for node in graph_module.graph.nodes:
-        if node.target is not _BATCH_NORM:
+        if not _has_statistics(node):
             continue
         running_var = node.args[4]
         momentum, eps = norms[str(running_var.target)]

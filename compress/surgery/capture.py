@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from compress.errors import CaptureError
+from compress.measure.modes import kept_modes
 from compress.surgery.taps import twin_graph, with_features
 
 __all__ = ["Captured", "capture", "export_program"]
@@ -27,9 +28,18 @@ _MODE_ARGUMENT = {
     torch.ops.aten.dropout.default: 2,
     torch.ops.aten.dropout_.default: 2,
     torch.ops.aten.feature_dropout.default: 2,
+    torch.ops.aten.feature_dropout_.default: 2,
     torch.ops.aten.alpha_dropout.default: 2,
+    torch.ops.aten.alpha_dropout_.default: 2,
+    torch.ops.aten.feature_alpha_dropout.default: 2,
+    torch.ops.aten.feature_alpha_dropout_.default: 2,
     torch.ops.aten.instance_norm.default: 5,
     torch.ops.aten.rrelu.default: 3,
+    torch.ops.aten.rrelu_.default: 3,
+    torch.ops.aten.lstm.input: 6,
+    torch.ops.aten.gru.input: 6,
+    torch.ops.aten.rnn_tanh.input: 6,
+    torch.ops.aten.rnn_relu.input: 6,
 }
 _NORMS = (torch.ops.aten.batch_norm.default,)
 _WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
@@ -78,7 +88,7 @@ def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval")
         inputs: Example inputs, at least two samples in dimension 0 of each.
         mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph;
             with ``"train"`` a random one, as stochastic depth, stays in what is deployed. Dropout and BatchNorm follow
-            ``.training`` either way.
+            ``.training`` either way; a BatchNorm that is in evaluation in a network in training stays there for good.
 
     Raises:
         CaptureError: when the network cannot be captured, or has a BatchNorm without a momentum.
@@ -96,12 +106,15 @@ def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval")
                 f"capture: expected BatchNorms with a momentum, got none in {name!r}. Its statistics would stand still "
                 "in a graph. Set a number, e.g. 0.1."
             )
-    training = network.training
-    try:
-        program = export_program(network.train(mode == "train"), inputs)
-    finally:
-        network.train(training)
-    return Captured(program.module(check_guards=False)).train(training)
+    frozen = [
+        f"{name}.running_mean".removeprefix(".")
+        for name, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and network.training and not module.training
+    ]
+    frozen += network.frozen if isinstance(network, Captured) else ()
+    with kept_modes(network, training=mode == "train"):
+        program = export_program(network, inputs)
+    return Captured(program.module(check_guards=False), frozen=frozen).train(network.training)
 
 
 class Captured(nn.Module):
@@ -109,13 +122,15 @@ class Captured(nn.Module):
 
     Args:
         graph_module: From ``torch.export``, or what PT2E made of such a one.
+        frozen: Names of the running means of norms that stay in evaluation in training, too.
 
     Attributes:
         freeze_batchnorm: While true, BatchNorm uses its running statistics and observers stand still in training too.
     """
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    def __init__(self, graph_module: GraphModule, *, frozen: Iterable[str] = ()) -> None:
         super().__init__()
+        self.frozen = frozenset(frozen)
         # Shared registries, not a child: state_dict keys and parameter names stay what they were before capture.
         self._parameters, self._buffers, self._modules = (
             graph_module._parameters,
@@ -182,7 +197,7 @@ class Captured(nn.Module):
         """Write ``training`` and ``freeze_batchnorm`` into the graph where they differ from what stands there."""
         learning = self._learning
         for graph_module in (self.graph_module, *([self._tapped[1]] if self._tapped else [])):
-            _set_mode(graph_module, training=self.training, learning=learning)
+            _set_mode(graph_module, self.frozen, training=self.training, learning=learning)
         for module in self.graph_module.modules():
             enabled = getattr(module, "observer_enabled", None)
             if isinstance(enabled, Tensor) and bool(enabled[0]) != learning:
@@ -194,20 +209,27 @@ class Captured(nn.Module):
         return self.training and not self.freeze_batchnorm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        twin = Captured(copy.deepcopy(self.graph_module, memo))
+        twin = Captured(copy.deepcopy(self.graph_module, memo), frozen=self.frozen)
         twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm
         return twin
 
 
-def _set_mode(graph_module: GraphModule, *, training: bool, learning: bool) -> None:
+def _set_mode(graph_module: GraphModule, frozen: frozenset[str], *, training: bool, learning: bool) -> None:
     changed = False
     for node in graph_module.graph.nodes:
         position = _MODE_ARGUMENT.get(node.target)
-        if position is None or (node.target in _WITH_STATISTICS and node.args[3] is None):
-            continue  # a norm without running statistics takes those of the batch in both modes
+        if position is None:
+            continue
         wanted = learning if node.target in _NORMS else training
-        if node.args[position] != wanted:
-            node.update_arg(position, wanted)
+        if node.target in _WITH_STATISTICS:
+            if node.args[3] is None:
+                continue  # a norm without running statistics takes those of the batch in both modes
+            wanted = wanted and str(node.args[3].target) not in frozen
+        given = node.args
+        # Export leaves arguments out that have their default.
+        given += tuple(argument.default_value for argument in node.target._schema.arguments[len(given) : position + 1])
+        if given[position] != wanted:
+            node.args = (*given[:position], wanted, *given[position + 1 :])
             changed = True
     if changed:
         graph_module.recompile()

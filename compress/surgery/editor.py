@@ -20,7 +20,7 @@ from compress.surgery.relink import check_strategy, relink_trainer
 from compress.surgery.slicing import Slices, apply_slices
 from compress.surgery.timeline import progress
 
-__all__ = ["ModelEditor", "example_inputs", "history_of", "progress"]
+__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "progress"]
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,29 @@ def example_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, .
             f"batch: expected (inputs, ...) with tensors, got {type(example).__name__}. "
             "Set example_input_array on the LightningModule."
         )
-    return tuple(tensor[:2].detach().to(pl_module.device) for tensor in tensors)
+    # A batch of one is doubled: torch.export takes a size of 1 for a constant.
+    pairs = [tensor[:2] if len(tensor) > 1 else tensor.expand(2, *tensor.shape[1:]) for tensor in tensors]
+    return tuple(tensor.detach().to(pl_module.device) for tensor in pairs)
+
+
+def find_network(pl_module: pl.LightningModule, attribute: str, *, who: str) -> nn.Module:
+    """Return the network that an attribute of a module holds, without ``torch.compile``'s wrapper.
+
+    Args:
+        pl_module: Holds the network.
+        attribute: Its name.
+        who: The callback that asks, for the error.
+
+    Raises:
+        EditError: when the module has no such attribute.
+    """
+    network = getattr(pl_module, attribute, None)
+    if not isinstance(network, nn.Module):
+        raise EditError(
+            f"{who}.attribute: expected the name of a network of {type(pl_module).__name__}, "
+            f"got {attribute!r}. Its networks are: {', '.join(dict(pl_module.named_children()))}."
+        )
+    return original(network)
 
 
 class ModelEditor(Callback):
@@ -112,13 +134,7 @@ class ModelEditor(Callback):
         Raises:
             EditError: when the module has no such attribute.
         """
-        network = getattr(pl_module, self.attribute, None)
-        if not isinstance(network, nn.Module):
-            raise EditError(
-                f"{type(self).__name__}.attribute: expected the name of a network of {type(pl_module).__name__}, "
-                f"got {self.attribute!r}. Its networks are: {', '.join(dict(pl_module.named_children()))}."
-            )
-        return original(network)
+        return find_network(pl_module, self.attribute, who=type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange that a checkpoint's history is replayed before its weights are loaded."""

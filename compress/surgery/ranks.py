@@ -34,7 +34,7 @@ def checksum(tensor: Tensor) -> Tensor:
     flat = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
     bits = flat.view(_BITS[flat.element_size()]).long()
     # Odd, so that the highest bit of 64 is not shifted out.
-    return (bits * torch.arange(1, 2 * len(bits), 2, device=bits.device)).sum()
+    return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum()
 
 
 def check_ranks(trainer: pl.Trainer, module: nn.Module) -> None:

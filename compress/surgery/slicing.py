@@ -24,7 +24,7 @@ def slice_tensor(tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         kept: ``{dimension: kept indices}``; a dimension that is not named stays whole.
 
     Returns:
-        A new tensor in the same memory format.
+        A new tensor.
 
     Example:
         >>> slice_tensor(torch.arange(6).view(2, 3), {"1": [0, 2]})
@@ -100,17 +100,20 @@ def apply_slices(network: nn.Module, slices: Slices, attributes: Mapping[str, Ma
                     f"edit: expected {name} to have index {max(indices, default=0)} in dimension {dim}, "
                     f"got shape {tuple(shape)}. Is this the network that was edited?"
                 )
+    names: dict[int, list[str]] = {}
+    for listed in (network.named_parameters, network.named_buffers):
+        for name, tensor in listed(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
     with torch.no_grad():
         for name, kept in slices.items():
-            owner_name, _, leaf = name.rpartition(".")
-            owner, old = network.get_submodule(owner_name), tensors[name]
-            new = slice_tensor(old.detach(), kept)
+            old = tensors[name]
+            new: Tensor = slice_tensor(old.detach(), kept)
             if isinstance(old, nn.Parameter):
-                parameter = nn.Parameter(new, requires_grad=old.requires_grad)
-                parameter.grad = None if old.grad is None else slice_tensor(old.grad, kept)
-                setattr(owner, leaf, parameter)
-            else:
-                setattr(owner, leaf, new)
+                new = nn.Parameter(new, requires_grad=old.requires_grad)
+                new.grad = None if old.grad is None else slice_tensor(old.grad, kept)
+            for tied in names[id(old)]:  # tied tensors stay tied
+                owner, _, leaf = tied.rpartition(".")
+                setattr(network.get_submodule(owner), leaf, new)
     for module_name, values in attributes.items():
         module = network.get_submodule(module_name)
         for attribute, value in values.items():

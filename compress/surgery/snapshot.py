@@ -29,8 +29,11 @@ def save_snapshot(path: str | Path, network: nn.Module, history: History) -> Non
     temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.detach().cpu() for name, tensor in original(network).state_dict().items()}
     torch.save({"history": history.to_list(), "state_dict": state}, temporary)
+    beside = path.with_suffix(".history.json")
     if len(history):
-        history.save(path.with_suffix(".history.json"))
+        history.save(beside)
+    else:
+        beside.unlink(missing_ok=True)  # of an edited network that lay here before
     os.replace(temporary, path)
 
 

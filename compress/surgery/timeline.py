@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytorch_lightning as pl
@@ -9,7 +10,21 @@ from pytorch_lightning.callbacks import GradientAccumulationScheduler
 
 from compress.errors import EditError
 
-__all__ = ["progress"]
+__all__ = ["length", "progress"]
+
+
+def length(trainer: pl.Trainer) -> tuple[float, float]:
+    """Return how many optimiser steps and how many epochs a fit runs, whichever limit ends it.
+
+    In manual optimisation, steps are batches. Epochs are not a number (NaN) where a loader has no length.
+    """
+    steps = float(trainer.estimated_stepping_batches)
+    each = (
+        math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        if math.isfinite(trainer.num_training_batches)
+        else math.nan
+    )
+    return steps, steps / each if each else math.nan
 
 
 def progress(trainer: pl.Trainer) -> float:

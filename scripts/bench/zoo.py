@@ -3,7 +3,8 @@
 Each one runs in its own process with a time limit. What is done stays done (``--results``); ``--only NAME`` runs some.
 ``--check`` names what to do: ``prune`` (plan, remove, forward, backward, a step of the optimiser, replay, export
 again), ``torch_pruning`` (the same by Torch-Pruning), ``masked`` (what is left computes what the masked network does,
-for every group) or ``units`` (ours beside Torch-Pruning's). The table has what has been done of each.
+for every group), ``units`` (ours beside Torch-Pruning's) or ``criteria`` (every criterion, allocation and target once,
+by itself on ``FAMILIES``). The table has what has been done of each.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import track
-from zoo_models import ARCHITECTURES
+from zoo_models import ARCHITECTURES, FAMILIES
 from zoo_table import table
 
-CHECKS = ("prune", "torch_pruning", "masked", "units")
+CHECKS = ("prune", "torch_pruning", "masked", "units", "criteria")
 _IMPORTED_ONCE = ["zoo_models", "torchvision", "timm", "transformers", "zoo_checks"]
 _PATIENCE = 20
 """How much longer than its processor time a process may take, on a machine that has other work."""
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows there")
     parser.add_argument("--table", type=Path, metavar="FILE", help="also write the table there, as Markdown")
     options = parser.parse_args()
-    names = options.only or list(ARCHITECTURES)
+    names = options.only or list(FAMILIES if options.check == ["criteria"] else ARCHITECTURES)
     missing = [(check, name) for check in options.check for name in names if not _file(options, check, name).exists()]
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from zoo_criteria import criteria
 from zoo_masked import masked_is_shrunk
 from zoo_prune import prune
 from zoo_torch_pruning import prune_by_torch_pruning
@@ -22,6 +23,7 @@ CHECKS: dict[str, Callable[[str, dict[str, Any]], None]] = {
     "torch_pruning": prune_by_torch_pruning,
     "masked": masked_is_shrunk,
     "units": compare_units,
+    "criteria": criteria,
 }
 
 

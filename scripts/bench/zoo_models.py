@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ARCHITECTURES", "build", "first_output", "size"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "build", "first_output", "size"]
 
 Made = tuple[nn.Module, tuple[Tensor, ...]]
 _LIBRARIES: list[Any] = []
@@ -201,6 +201,22 @@ ARCHITECTURES: dict[str, Callable[[], Made]] = {
     "own/unet": _own("unet"),
     "own/weight_norm": _own("weight_norm"),
 }
+
+FAMILIES = (
+    "torchvision/resnet18",
+    "torchvision/mobilenet_v2",
+    "torchvision/densenet121",
+    "torchvision/shufflenet_v2_x0_5",
+    "timm/convnextv2_atto",
+    "timm/vit_tiny_patch16",
+    "transformers/bert",
+    "transformers/llama",
+    "own/lstm",
+    "own/gru_two_layers",
+    "own/conv1d",
+    "own/unet",
+)
+"""What every criterion, allocation and target is tried on."""
 
 
 def build(name: str) -> Made:

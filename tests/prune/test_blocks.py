@@ -290,3 +290,54 @@ def test_influence_of_convolutions_is_over_channels() -> None:
     assert influence["stages.0.0"] == pytest.approx(expected, abs=1e-5)
     with pytest.raises(EditError, match="expected batches"):
         block_influence(study(network, [IMAGES]), [])
+
+
+class Block(nn.Module):
+    """Adds something to what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Ordered(nn.Module):
+    """Two blocks over tokens, with the batch or the tokens first."""
+
+    def __init__(self, *, batch_first: bool) -> None:
+        super().__init__()
+        self.batch_first = batch_first
+        self.blocks = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(x if self.batch_first else x.transpose(0, 1))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+def test_influence_does_not_depend_on_where_the_batch_lies() -> None:
+    torch.manual_seed(0)
+    first, second = Ordered(batch_first=True), Ordered(batch_first=False)
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(8, 3, 6)
+    ours, theirs = (block_influence(study(network, [x[:2]]), [(x,)]) for network in (first, second))
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    with torch.no_grad():
+        y = first.blocks[0](x)
+    expected = 1 - float(torch.cosine_similarity(x, y, dim=2).mean())
+    assert ours["blocks.0"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_blocks_side_by_side_share_what_they_are_given() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.blocks[0](x) + self.blocks[1](x))
+
+    x = torch.randn(4, 6)
+    assert set(block_influence(study(Parallel(), [x[:2]]), [(x,)])) == {"blocks.0", "blocks.1"}

@@ -13,6 +13,7 @@ from compress.models import BasicBlock
 from compress.prune import CRITERIA, Removal, StructuredPruning, Target
 from compress.surgery import Edit, history_of
 from tests.networks import Residual, loader
+from tests.networks import trainer as silent_trainer
 
 
 class Foreign(pl.LightningModule):
@@ -48,16 +49,7 @@ class Watch(Callback):
 
 
 def fit(module: pl.LightningModule, *callbacks: Callback, **arguments: Any) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=list(callbacks),
-        **arguments,
-    )
+    trainer = silent_trainer(**{"callbacks": list(callbacks), "max_epochs": 4, **arguments})
     trainer.fit(module, loader())
     return trainer
 
@@ -141,6 +133,7 @@ def test_a_target_out_of_reach_says_what_can_be_reached() -> None:
             {"depth": 0.5},
             r"prune\.depth: expected residual blocks or layers that can be left out",
         ),
+        ({"target": Target(params=1.0)}, r"prune\.target\.params: expected less than Residual costs now, got 1\.0"),
         ({"ignore": ["conv7"]}, r"prune\.ignore: expected names of layers, got 'conv7'"),
     ],
 )
@@ -303,3 +296,68 @@ def test_heads_go_whole_or_lose_width(heads: str, widths: list[int]) -> None:
     (edit,) = history_of(module)
     assert edit.data["widths"]["qkv"] == widths
     assert module.get_parameter("backbone.qkv.weight").shape == (24, 8)
+
+
+class Plans(StructuredPruning):
+    """Counts how often it plans."""
+
+    num = 0
+
+    def _plan(self, *arguments: Any) -> Edit | None:
+        self.num += 1
+        return super()._plan(*arguments)
+
+
+def test_units_that_are_pushed_are_chosen_once_for_each_edit() -> None:
+    # The second edit finds nothing more to remove.
+    callback = Plans(
+        0.5,
+        schedule=[[0.3, 0.98], [0.7, 1.0]],
+        round_to=8,
+        removal=Removal(penalty="growing", lead=0.25),
+        attribute="backbone",
+    )
+    fit(Foreign(Residual()), callback)
+    assert callback.num == 2
+
+
+def test_an_edit_that_overtakes_another_reaches_its_own_fraction() -> None:
+    module = Foreign(Residual())
+    removal = Removal(penalty="growing", lead=0.05)
+    fit(module, pruning(schedule=[[0.52, 0.5], [0.55, 1.0]], removal=removal))  # sixteen steps: both at one
+    assert module.backbone.conv1.out_channels == 16  # type: ignore[union-attr]
+
+
+def test_a_fraction_counts_from_the_network_before_its_blocks_went() -> None:
+    torch.manual_seed(0)
+    network = Deep()
+    num = sum(p.numel() for p in network.parameters())
+    module = Foreign(network)
+    fit(module, pruning(target=Target(params=0.4), depth=0.25, num_edits=2, round_to=1))
+    figures = [edit.data["target"] for edit in history_of(module) if "target" in edit.data]
+    assert {entry["original"] for entry in figures} == {num}
+    assert figures[-1]["goal"] == figures[-1]["wanted"] == pytest.approx(0.4 * num)
+
+
+def test_soft_removal_of_normalised_weights_stays_finite() -> None:
+    torch.manual_seed(0)
+    network = Residual()
+    nn.utils.parametrizations.weight_norm(network.conv1)
+    module = Foreign(network)
+    fit(module, pruning(removal=Removal("soft")))
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    assert sum(p.numel() for p in module.parameters()) < sum(p.numel() for p in Residual().parameters())
+
+
+def test_gradients_are_needed_before_the_first_choice() -> None:
+    with pytest.raises(RecipeError, match=r"prune\.start: expected some steps before the first choice"):
+        pruning(criterion="taylor", start=0.0)
+    with pytest.raises(RecipeError, match=r"prune\.start"):
+        pruning(criterion="taylor", start=0.05, removal=Removal(penalty="growing", lead=0.1))
+
+
+def test_every_epoch_is_every_epoch_under_a_limit_of_steps() -> None:
+    module = Foreign(Residual())
+    # Sixteen steps are four epochs.
+    fit(module, pruning(num_edits="1 epoch", start=0.0, end=0.5, round_to=1), max_epochs=-1, max_steps=16)
+    assert history_of(module).count("prune") == 3

@@ -143,3 +143,14 @@ def test_nothing_to_make_sparse_is_an_error() -> None:
 def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         WeightSparsity(**arguments)
+
+
+def test_a_compiled_network_becomes_sparse() -> None:
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2))
+    module: Any = pl.LightningModule()
+    module.student = torch.compile(network, backend="eager")
+    sparse = WeightSparsity(0.5, ignore=["0"])
+    assert sparse.network(module) is network
+    sparse.rehearse(sparse.network(module))
+    with pytest.raises(EditError, match="layers"):
+        WeightSparsity(pattern="2:4", ignore=["0", "1", "2"]).rehearse(network)

@@ -159,3 +159,12 @@ def test_nothing_to_quantise_is_an_error() -> None:
 def test_unknown_scheme() -> None:
     with pytest.raises(RecipeError, match=r"quantize\.scheme: expected one of int8, got 'int5'"):
         prepare(Residual(), [torch.randn(2, 1, 8, 8)], "int5")
+
+
+def test_a_norm_of_the_batch_alone_is_refused_behind_a_convolution() -> None:
+    x = torch.randn(4, 1, 6, 6)
+    norm = nn.BatchNorm2d(8, track_running_stats=False)
+    with pytest.raises(CaptureError, match="expected BatchNorms with running statistics behind convolutions, got '1'"):
+        prepare(nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.Conv2d(8, 2, 1)).train(), (x[:2],), "int8")
+    behind = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), norm, nn.Conv2d(8, 2, 1))
+    assert prepare(behind.train(), (x[:2],), "int8")(x).shape == (4, 2, 4, 4)

@@ -139,3 +139,51 @@ class FixedBatch(nn.Module):
 def test_what_cannot_be_captured_is_named(network: nn.Module) -> None:
     with pytest.raises(CaptureError, match=f"got {type(network).__name__}"):
         capture(network, [torch.ones(2, 3)])
+
+
+def test_a_frozen_norm_stays_frozen() -> None:
+    torch.manual_seed(0)
+    network = Residual().train()
+    network.norm1.eval()
+    graph = capture(network, [images(2)[0]]).train()
+    twin = copy.deepcopy(graph)
+    for captured in (graph, twin, capture(graph, [images(2)[0]]).train()):
+        frozen, other = (captured.get_buffer(f"{name}.running_mean").clone() for name in ("norm1", "norm"))
+        captured(images(8)[0])
+        assert torch.equal(captured.get_buffer("norm1.running_mean"), frozen)
+        assert not torch.equal(captured.get_buffer("norm.running_mean"), other)
+    assert network.training
+    assert not network.norm1.training
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.RReLU(),
+        nn.RReLU(inplace=True),
+        nn.Dropout(0.5, inplace=True),
+        nn.Dropout2d(0.5, inplace=True),
+        nn.AlphaDropout(0.5),
+        nn.FeatureAlphaDropout(0.5),
+    ],
+)
+def test_what_is_random_in_training_follows_the_mode(layer: nn.Module) -> None:
+    x = torch.randn(4, 3, 6, 6)
+    graph = capture(nn.Sequential(nn.Conv2d(3, 8, 1), layer), [x[:2]]).train()
+    assert not torch.equal(graph(x), graph(x))
+    assert torch.equal(graph.eval()(x), graph(x))
+
+
+def test_dropout_between_recurrent_layers_follows_the_mode() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4, num_layers=2, dropout=0.5, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.lstm(x)[0]
+
+    x = torch.randn(2, 5, 3)
+    graph = capture(Recurrent(), [x]).train()
+    assert not torch.equal(graph(x), graph(x))
+    assert torch.equal(graph.eval()(x), graph(x))

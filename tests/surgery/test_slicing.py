@@ -58,3 +58,11 @@ def test_a_foreign_edit_leaves_the_network_whole(slices: dict[str, dict[str, lis
     with pytest.raises(EditError, match=message):
         apply_slices(network, {"0.bias": {"0": [0]}, **slices}, {})
     assert network[0].bias.shape == (2,)
+
+
+def test_tied_tensors_stay_tied() -> None:
+    network = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(3, 4, bias=False))
+    network[1].weight = network[0].weight
+    apply_slices(network, {"0.weight": {"0": [0, 2]}}, {})
+    assert network[1].weight is network[0].weight
+    assert network[0].weight.shape == (2, 3)

@@ -46,3 +46,11 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(EditError, match=r"net\.pt: expected a snapshot"):
         load_snapshot(path, Residual(), HANDLERS)
+
+
+def test_an_unedited_snapshot_leaves_no_history_beside_it(tmp_path: Path) -> None:
+    network, path = Residual(), tmp_path / "a.pt"
+    save_snapshot(path, network, History([Edit("prune", {"slices": {}})]))
+    assert (tmp_path / "a.history.json").exists()
+    save_snapshot(path, network, History())
+    assert not (tmp_path / "a.history.json").exists()

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from compress.errors import CaptureError, DataError
+from compress.measure.modes import kept_modes
 from compress.prune.anatomy import Anatomy
 from compress.prune.coupling import static_program
 from compress.prune.criteria.places import Place, find_places
@@ -207,14 +208,11 @@ def _wide(anatomy: Anatomy, batches: Sequence[Sequence[Tensor]]) -> tuple[GraphM
         return None
     if isinstance(network, Captured):  # its batch is dynamic
         return anatomy.graph, {node: node for node in _nodes(anatomy.graph)}
-    training = network.training
     try:
-        device = anatomy.inputs[0].device
-        program = static_program(network.eval(), [tensor.to(device) for tensor in first])
+        with kept_modes(network, training=False):
+            program = static_program(network, [tensor.to(anatomy.inputs[0].device) for tensor in first])
     except CaptureError:
         return None  # of this size it cannot be; pieces can
-    finally:
-        network.train(training)
     graph: Any = program.module(check_guards=False)
     old, new = list(_nodes(anatomy.graph)), list(_nodes(graph))
     same = [(a.name, a.op, str(a.target)) for a in old] == [(b.name, b.op, str(b.target)) for b in new]

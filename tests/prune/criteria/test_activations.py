@@ -17,6 +17,7 @@ from compress.prune.criteria import Activation, measure_activations, score_group
 from compress.prune.criteria import activations as measuring
 from compress.prune.criteria import responses as criteria
 from compress.surgery import capture
+from tests.networks import Residual, images
 from tests.prune.coupling.networks import NETWORKS, Attention
 
 
@@ -292,3 +293,13 @@ def test_what_does_not_fit_is_named() -> None:
     for wrong in ((x, torch.zeros(4)), (x[:, :, 1:],), (x[:0],)):
         with pytest.raises(DataError, match="expected batches of inputs of shape"):
             measure_activations(anatomy, [wrong])
+
+
+def test_modes_are_each_modules_own_afterwards() -> None:
+    network = Residual().train()
+    network.norm1.eval()
+    x = images(32)[0]
+    measure_activations(study(network, [x[:2]]), [(x,)])
+    assert network.training
+    assert network.norm.training
+    assert not network.norm1.training

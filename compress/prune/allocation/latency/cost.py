@@ -27,7 +27,7 @@ from compress.prune.anatomy import Anatomy
 from compress.runtime.engines import make_engine
 from compress.surgery.capture import export_program
 
-__all__ = ["LatencyCost"]
+__all__ = ["LatencyCost", "network_call"]
 
 _SECONDS = 2.0
 
@@ -93,6 +93,21 @@ class LatencyCost:
         with _threads_of_torch(target.threads):
             measure_layers(layers, store, engine, target.threads)
         return work, {key: store.layers[key] for key in {NOTHING.key, *(layer.key for layer in layers)}}
+
+
+def network_call(network: nn.Module, inputs: Sequence[Tensor], target: Target) -> Callable[[], object]:
+    """Return a call of a network on a target's engine, as its latency is measured.
+
+    Args:
+        network: Left untouched.
+        inputs: Example inputs, at least two samples each.
+        target: Engine, batch and threads.
+
+    Raises:
+        CaptureError: when it cannot be exported with a dynamic batch dimension.
+        ExportError: when the engine cannot be given it.
+    """
+    return _Form.of(network, inputs, target).call(target)
 
 
 class _Form:
