@@ -235,13 +235,13 @@ def test_the_report_has_the_curves(run: Path) -> None:
 
 
 def test_the_last_target_is_reported() -> None:
+    figures = {"metric": "macs", "original": 4.0, "goal": 1.6, "engine": None}
     edits = [
-        Edit(
-            "prune", {"target": {"metric": "macs", "wanted": 2.0, "reached": reached, "original": 4.0, "engine": None}}
-        )
-        for reached in (3.0, 1.5)
+        Edit("prune", {"target": {**figures, "wanted": wanted, "reached": reached}})
+        for wanted, reached in [(3.1, 3.0), (1.7, 1.5)]
     ]
     target = _target(History([*edits, Edit("prune", {"widths": {}})]))
     assert target is not None
-    assert (target.metric, target.original, target.reached) == ("macs", 4.0, 1.5)
+    # The second edit, on the way, has met the goal.
+    assert (target.metric, target.original, target.wanted, target.reached) == ("macs", 4.0, 1.6, 1.5)
     assert _target(History()) is None
