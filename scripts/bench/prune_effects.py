@@ -1,6 +1,6 @@
 """What an edit costs and what it brings: time to plan and apply it, training step, artefact, optimiser state.
 
-Needs the extra ``zoo``. A network is compared with itself at half the multiply-accumulates, in one interleaved run.
+A network is compared with itself at half the multiply-accumulates, in one interleaved run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from common import Row, finish, options, ratios
+from common import Row, ratios
 from rich.progress import track
 from torch import Tensor, nn
 from zoo_models import build
@@ -32,7 +32,6 @@ __all__ = ["edit_rows", "effect_rows"]
 
 Inputs = tuple[Tensor, ...]
 
-
 NETWORKS = [
     "torchvision/resnet18",
     "torchvision/resnet50",
@@ -43,20 +42,22 @@ NETWORKS = [
 ]
 
 
-def main() -> None:
-    """Print the table."""
-    arguments = options(__doc__ or "")
+def edit_rows(quick: bool) -> list[Row]:
+    """Time one edit of each network."""
     rows: list[Row] = []
-    names = NETWORKS[:1] if arguments.quick else NETWORKS
-    for name in track(names, "one edit"):
-        rows += edit_rows(name, *build(name), rounds=1 if arguments.quick else 3)
-    image, batch, seconds = (64, 8, 2.0) if arguments.quick else (224, 16, 20.0)
+    for name in track(NETWORKS[:1] if quick else NETWORKS, "one edit"):
+        rows += _edit(name, *build(name), rounds=1 if quick else 3)
+    return rows
+
+
+def effect_rows(quick: bool) -> list[Row]:
+    """Compare ResNet-18 with itself at half the MACs: training step, artefact on each engine, optimiser state."""
+    image, batch, seconds = (64, 8, 2.0) if quick else (224, 16, 20.0)
     network = build("torchvision/resnet18")[0]
-    rows += effect_rows(f"resnet18, {image}x{image}", network, image, batch=batch, seconds=seconds)
-    finish(arguments, rows)
+    return _effects(f"resnet18, {image}x{image}", network, image, batch=batch, seconds=seconds)
 
 
-def edit_rows(name: str, network: nn.Module, inputs: Inputs, rounds: int) -> list[Row]:
+def _edit(name: str, network: nn.Module, inputs: Inputs, rounds: int) -> list[Row]:
     """Time one edit that removes a third of the units, step by step."""
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
@@ -87,8 +88,7 @@ def edit_rows(name: str, network: nn.Module, inputs: Inputs, rounds: int) -> lis
     return [Row(name, "parameters", num_params(network) / 1e6, "M"), *rows]
 
 
-def effect_rows(name: str, network: nn.Module, image: int, *, batch: int, seconds: float) -> list[Row]:
-    """Compare a network with itself at half the MACs: training step, artefact on each engine, optimiser state."""
+def _effects(name: str, network: nn.Module, image: int, *, batch: int, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     one = (torch.randn(2, 3, image, image),)
     half = _halved(network, one)
@@ -149,7 +149,3 @@ def _served(network: nn.Module, image: Tensor, folder: Path, engine: str) -> Cal
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-if __name__ == "__main__":
-    main()
