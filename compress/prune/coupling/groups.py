@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,14 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
+from compress.measure.threads import torch_threads
+from compress.prune.coupling.program import static_program
 from compress.prune.coupling.walk import Labels, walk
 
-__all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "static_program"]
+__all__ = ["Coupling", "Group", "find_coupling", "read_coupling"]
 
 Slot = tuple[str, int]
 """A tensor's name and one of its dimensions."""
@@ -94,43 +93,6 @@ class Coupling:
         return gone / max(1, total)
 
 
-def static_program(network: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """Export a network with the sizes of its example inputs.
-
-    Running its code on tensors without data is several times faster than reading its bytecode (ResNet-50: 0.6 s, not
-    4.5 s), which is done where the former fails.
-
-    Raises:
-        CaptureError: when it cannot be exported; the message has the reason and, where known, the line.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer would hide what is in it
-    try:
-        with contextlib.suppress(Exception):
-            return torch.export.export(network, tuple(inputs), strict=False)
-        return torch.export.export(network, tuple(inputs), strict=True)
-    except Exception as error:  # torch.export raises many kinds; each means the same to the user
-        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-        where = _place(lines)
-        raise CaptureError(
-            f"prune: expected a network that torch.export can capture, got {type(network).__name__}: "
-            f"{lines[0] if lines else type(error).__name__}{where}. Move control flow that depends on data out of it, "
-            "or prune its parts one by one; distillation and the artefact do not need this."
-        ) from error
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _place(lines: Sequence[str]) -> str:
-    """Return the last line of the user's code in a trace, as `` at FILE:LINE: code``."""
-    for position in range(len(lines) - 1, -1, -1):
-        if lines[position].startswith('File "') and "site-packages/torch/" not in lines[position]:
-            file, _, number = lines[position].removeprefix('File "').partition('", line ')
-            code = lines[position + 1] if position + 1 < len(lines) else ""
-            return f" at {file}:{number.partition(',')[0]}: {code}"
-    return ""
-
-
 def find_coupling(network: nn.Module, inputs: Sequence[Tensor], *, heads: str = "whole") -> Coupling:
     """Find the groups of slices that must be removed together.
 
@@ -154,7 +116,8 @@ def find_coupling(network: nn.Module, inputs: Sequence[Tensor], *, heads: str = 
 
 def read_coupling(graph_module: GraphModule, *, heads: str = "whole") -> Coupling:
     """Find the groups of a graph, as an exported program's ``module()`` or ``Captured`` gives it."""
-    with torch.device("cpu"):  # labels are numbers, also of a network that has none
+    # Labels are numbers, also of a network that has none; threads wait for each other longer than they count.
+    with torch.device("cpu"), torch_threads(1):
         labels = walk(graph_module, heads)
         labels.units.settle()
         every = list(_groups(labels))

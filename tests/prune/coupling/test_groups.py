@@ -47,6 +47,43 @@ def test_units_are_those_of_torch_pruning_where_that_works(name: str) -> None:
     assert ours == {unit for unit in theirs if not any(tensor in outputs and dim == 0 for tensor, dim, _ in unit)}
 
 
+class Averaged(nn.Module):
+    """Code that runs on real tensors alone: tensors without data have no ``numpy()``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = torch.from_numpy(x.numpy().mean(axis=1, keepdims=True))
+        return self.outer((self.inner(x) * mean).relu())
+
+
+def test_code_that_does_not_run_on_tensors_without_data_is_read() -> None:
+    network, x = Averaged(), torch.ones(2, 3)
+    with pytest.raises(RuntimeError, match="numpy"):
+        torch.export.export(network, (x,), strict=False)
+    assert slots(find_coupling(network, (x,)), "inner") == {"inner.weight@0": 1, "inner.bias@0": 1, "outer.weight@1": 1}
+
+
+def test_a_network_keeps_its_own_state() -> None:
+    class Remembering(nn.Linear):
+        def __init__(self, width: int, out: int) -> None:
+            super().__init__(width, out)
+            self.seen: Tensor | None = None
+            self.count = 0
+            self.every: list[Tensor] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen, self.count = super().forward(x), self.count + 1
+            self.every.append(self.seen)
+            return self.seen.relu()
+
+    layer = Remembering(3, 4)
+    assert find_coupling(nn.Sequential(layer, nn.Linear(4, 2)), (torch.ones(2, 3),)).groups
+    assert (layer.seen, layer.count, layer.every) == (None, 0, [])
+
+
 def test_whole_heads() -> None:
     coupling = find_coupling(Attention(), (VECTORS,))
     assert {group.name: group.width for group in coupling.groups} == {"embed": 12, "qkv": 3, "mlp.1": 20}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch.export import ExportedProgram
 
 from compress.export.targets import TARGETS
 from compress.measure.latency import time_calls
+from compress.measure.threads import torch_threads
 from compress.prune.allocation.latency.layers import LAYER_CALLS
 from compress.prune.allocation.latency.store import Store, typical_ms
 from compress.prune.allocation.latency.table import NOTHING, TimedWork, measure_layers
@@ -70,7 +70,7 @@ class LatencyCost:
         known = self._store.networks
         if form.key not in known:
             calls = {each.key: each.call(self._target) for each in (self._before, form)}
-            with _threads_of_torch(self._target.threads):
+            with torch_threads(self._target.threads):
                 measured = {key: typical_ms(times) for key, times in time_calls(calls, seconds=_SECONDS).items()}
             known.setdefault(self._before.key, measured[self._before.key])
             ratio = measured[form.key] / measured[self._before.key]
@@ -90,7 +90,7 @@ class LatencyCost:
         work = [TimedWork.of(each, engine, samples=samples) for each in list_work(self._anatomy, self._sizes)]
         store = self._store if engine == target.engine else Store(engine, target.threads)
         layers = [layer for each in work for layer in each.layers()]
-        with _threads_of_torch(target.threads):
+        with torch_threads(target.threads):
             measure_layers(layers, store, engine, target.threads)
         return work, {key: store.layers[key] for key in {NOTHING.key, *(layer.key for layer in layers)}}
 
@@ -135,7 +135,7 @@ class _Form:
         """Build it for the target's engine, once."""
         if self._made is None:
             builder = import_module(TARGETS[target.engine])
-            with tempfile.TemporaryDirectory() as folder, _threads_of_torch(target.threads):
+            with tempfile.TemporaryDirectory() as folder, torch_threads(target.threads):
                 path = Path(folder) / builder.FILE
                 builder.build(self._program, path)
                 engine = make_engine(target.engine, path, num_threads=target.threads)
@@ -155,15 +155,3 @@ def _structure(program: ExportedProgram, batch: Sequence[Tensor]) -> str:
     sizes = [(name, *tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
     given = [(tuple(tensor.shape), tensor.dtype) for tensor in batch]
     return hashlib.sha256(f"{program.graph}{sizes}{given}".encode()).hexdigest()[:32]
-
-
-@contextmanager
-def _threads_of_torch(num: int | None) -> Iterator[None]:
-    """Let torch have as many threads within the context: they are the whole process's, and a fit has its own."""
-    before = torch.get_num_threads()
-    if num is not None:
-        torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,0 +1,66 @@
+"""The graph that couplings are read from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from compress.errors import CaptureError
+
+__all__ = ["static_program"]
+
+_CONTAINERS = (dict, list, set)
+
+
+def static_program(network: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
+    """Export a network with the sizes of its example inputs.
+
+    Running its code on tensors without data is several times faster than reading its bytecode, which is done where
+    the former fails. The network is left untouched, whatever its code remembers between calls.
+
+    Raises:
+        CaptureError: when it cannot be exported; the message has the reason and, where known, the line.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer would hide what is in it
+    try:
+        with contextlib.suppress(Exception):
+            return torch.export.export(_twin(network, {}), tuple(inputs), strict=False)
+        return torch.export.export(network, tuple(inputs), strict=True)
+    except Exception as error:  # torch.export raises many kinds; each means the same to the user
+        lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+        where = _place(lines)
+        raise CaptureError(
+            f"prune: expected a network that torch.export can capture, got {type(network).__name__}: "
+            f"{lines[0] if lines else type(error).__name__}{where}. Move control flow that depends on data out of it, "
+            "or prune its parts one by one; distillation and the artefact do not need this."
+        ) from error
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
+    """Return a module with the same tensors and an own place for whatever else its code may assign or collect."""
+    if id(module) not in twins:
+        twin = twins[id(module)] = object.__new__(type(module))
+        twin.__dict__ = {
+            key: copy.copy(value) if isinstance(value, _CONTAINERS) else value for key, value in vars(module).items()
+        }
+        for name, child in module._modules.items():
+            twin._modules[name] = child if child is None else _twin(child, twins)
+    return twins[id(module)]
+
+
+def _place(lines: Sequence[str]) -> str:
+    """Return the last line of the user's code in a trace, as `` at FILE:LINE: code``."""
+    for position in range(len(lines) - 1, -1, -1):
+        if lines[position].startswith('File "') and "site-packages/torch/" not in lines[position]:
+            file, _, number = lines[position].removeprefix('File "').partition('", line ')
+            code = lines[position + 1] if position + 1 < len(lines) else ""
+            return f" at {file}:{number.partition(',')[0]}: {code}"
+    return ""
