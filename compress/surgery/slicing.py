@@ -24,16 +24,18 @@ def slice_tensor(tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         kept: ``{dimension: kept indices}``; a dimension that is not named stays whole.
 
     Returns:
-        A new tensor.
+        A new tensor, its dimensions in the same order in memory: what lay channels-last does so again.
 
     Example:
         >>> slice_tensor(torch.arange(6).view(2, 3), {"1": [0, 2]})
         tensor([[0, 2],
                 [3, 5]])
     """
+    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
     for dim, indices in kept.items():
         tensor = tensor.index_select(int(dim), torch.as_tensor(indices, device=tensor.device, dtype=torch.long))
-    return tensor.clone()
+    back = [order.index(dim) for dim in range(tensor.dim())]
+    return tensor.permute(order).clone(memory_format=torch.contiguous_format).permute(back)
 
 
 def shapes_of(network: nn.Module, slices: Slices) -> dict[str, list[int]]:

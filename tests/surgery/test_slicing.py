@@ -24,6 +24,17 @@ def test_slicing_is_indexing(data: st.DataObject) -> None:
     assert (slice_tensor(tensor, kept).numpy() == expected).all()
 
 
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (6, 4, 1, 1), (6, 4, 2, 3, 3)])
+def test_the_order_in_memory_stays(shape: tuple[int, ...]) -> None:
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    tensor = torch.randn(shape).to(memory_format=last)
+    sliced = slice_tensor(tensor, {"0": [0, 2, 5], "1": [1, 2, 3]})
+    assert sliced.equal(tensor[[0, 2, 5]][:, [1, 2, 3]])
+    assert sliced.stride() == torch.empty(sliced.shape, memory_format=last).stride()
+    assert slice_tensor(tensor.contiguous(), {"0": [1]}).is_contiguous()
+    assert slice_tensor(torch.tensor(2.0), {}).item() == 2.0
+
+
 def test_parameters_gradients_buffers_and_attributes_shrink_together() -> None:
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
     network(torch.randn(2, 1, 5, 5)).sum().backward()
