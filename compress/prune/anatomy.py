@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from compress.errors import EditError
 from compress.measure.modes import kept_modes
-from compress.prune.coupling import Coupling, Group, read_coupling, static_program
+from compress.prune.coupling import Coupling, Group, read_coupling, static_graph
 from compress.surgery import Captured
 
 __all__ = ["Anatomy", "study"]
@@ -82,7 +82,7 @@ def _graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
     if isinstance(network, Captured):
         return copy.deepcopy(network.graph_module)
     with kept_modes(network, training=False):
-        return static_program(network, inputs).module(check_guards=False)  # type: ignore[return-value]
+        return static_graph(network, inputs)
 
 
 def _named(network: nn.Module, coupling: Coupling, ignore: frozenset[str]) -> dict[str, Group]:

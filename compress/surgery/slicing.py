@@ -31,7 +31,8 @@ def slice_tensor(tensor: Tensor, kept: Mapping[str, Sequence[int]]) -> Tensor:
         tensor([[0, 2],
                 [3, 5]])
     """
-    order = sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
     for dim, indices in kept.items():
         tensor = tensor.index_select(int(dim), torch.as_tensor(indices, device=tensor.device, dtype=torch.long))
     back = [order.index(dim) for dim in range(tensor.dim())]

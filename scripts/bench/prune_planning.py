@@ -24,7 +24,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from zoo_models import build
 
-from compress.prune.coupling import read_coupling, static_program
+from compress.prune.coupling import read_coupling, static_graph
 
 __all__ = ["planning_rows", "plot_planning"]
 
@@ -62,9 +62,9 @@ def _planning(names: list[str], rounds: int) -> list[Row]:
     rows: list[Row] = []
     for name in track(names, "planning"):
         network, inputs = build(name)
-        graph: Any = static_program(network, inputs).module(check_guards=False)
+        graph: Any = static_graph(network, inputs)
         calls: dict[str, Callable[[], object]] = {
-            "export": lambda network=network, inputs=inputs: static_program(network, inputs),
+            "export": lambda network=network, inputs=inputs: static_graph(network, inputs),
             "plan": lambda graph=graph: read_coupling(graph),
             "torch_pruning": lambda network=network, inputs=inputs: _torch_pruning(network, inputs),
         }
@@ -126,7 +126,7 @@ def _decoder() -> list[Row]:
             network = _Logits(transformers.LlamaForCausalLM(config)).eval()
             tokens = torch.zeros(2, 8, dtype=torch.int64)
         started = time.process_time()
-        graph: Any = static_program(network, (tokens,)).module(check_guards=False)
+        graph: Any = static_graph(network, (tokens,))
         exported = time.process_time() - started
         plans = [_seconds(lambda graph=graph: read_coupling(graph)) for _ in range(3)]
         name = f"decoder, {layers} layers, {sum(p.numel() for p in network.parameters()) / 1e9:.2f} G parameters"

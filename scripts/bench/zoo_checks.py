@@ -14,7 +14,7 @@ from zoo_prune import prune
 from zoo_torch_pruning import prune_by_torch_pruning
 from zoo_units import compare_units
 
-from compress.prune.coupling import static_program
+from compress.prune.coupling import static_graph
 
 __all__ = ["CHECKS", "checked"]
 
@@ -40,4 +40,4 @@ def checked(name: str, check: str) -> dict[str, Any]:
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
-static_program(nn.Linear(2, 2), (torch.randn(2, 2),))
+static_graph(nn.Linear(2, 2), (torch.randn(2, 2),))

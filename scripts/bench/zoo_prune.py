@@ -12,7 +12,7 @@ from torch import nn
 from zoo_models import build, first_output, size
 
 from compress.prune import apply_removal, describe_removal, score_groups, study
-from compress.prune.coupling import read_coupling, static_program
+from compress.prune.coupling import read_coupling, static_graph
 from compress.prune.planner import least
 from compress.surgery import Captured
 
@@ -33,7 +33,7 @@ def prune(name: str, row: dict[str, Any]) -> None:
     """
     network, inputs = build(name)
     started = time.process_time()
-    graph: Any = static_program(network, inputs).module(check_guards=False)
+    graph: Any = static_graph(network, inputs)
     exported = time.process_time()
     read_coupling(graph)
     row |= {"export_s": exported - started, "plan_s": time.process_time() - exported}
@@ -53,7 +53,7 @@ def prune(name: str, row: dict[str, Any]) -> None:
     with torch.no_grad():
         got, expected = first_output(replayed.eval()(*inputs)), first_output(network.eval()(*inputs))
     assert torch.allclose(got, expected, atol=1e-4, rtol=1e-3), "the replayed network differs"
-    static_program(network.graph_module if isinstance(network, Captured) else network, inputs)
+    static_graph(network.graph_module if isinstance(network, Captured) else network, inputs)
 
 
 def kept_units(width: int) -> int:

@@ -5,7 +5,7 @@ operators in which values meet unite them (``combine``), and what cannot be remo
 """
 
 from compress.prune.coupling.groups import Coupling, Group, find_coupling, read_coupling
-from compress.prune.coupling.program import static_program
+from compress.prune.coupling.program import static_graph
 from compress.prune.coupling.resize import resize
 
-__all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "resize", "static_program"]
+__all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "resize", "static_graph"]

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from compress.measure.modes import kept_modes
 from compress.measure.threads import torch_threads
-from compress.prune.coupling.program import static_program
+from compress.prune.coupling.program import static_graph
 from compress.prune.coupling.walk import Labels, walk
 
 __all__ = ["Coupling", "Group", "find_coupling", "read_coupling"]
@@ -110,8 +110,7 @@ def find_coupling(network: nn.Module, inputs: Sequence[Tensor], *, heads: str = 
         [('0', 4, [('0.bias', 0), ('0.weight', 0), ('2.weight', 1)])]
     """
     with kept_modes(network, training=False):
-        program = static_program(network, inputs)
-    return read_coupling(program.module(check_guards=False), heads=heads)
+        return read_coupling(static_graph(network, inputs), heads=heads)
 
 
 def read_coupling(graph_module: GraphModule, *, heads: str = "whole") -> Coupling:

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from compress.errors import CaptureError
 
-__all__ = ["static_program"]
+__all__ = ["static_graph"]
 
 _CONTAINERS = (dict, list, set)
 
 
-def static_program(network: nn.Module, inputs: Sequence[Tensor]) -> ExportedProgram:
-    """Export a network with the sizes of its example inputs.
+def static_graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
+    """Export a network with the sizes of its example inputs, as a graph of its own tensors in the order of their use.
 
     Running its code on tensors without data is several times faster than reading its bytecode, which is done where
     the former fails. The network is left untouched, whatever its code remembers between calls.
@@ -29,9 +30,7 @@ def static_program(network: nn.Module, inputs: Sequence[Tensor]) -> ExportedProg
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer would hide what is in it
     try:
-        with contextlib.suppress(Exception):
-            return torch.export.export(_twin(network, {}), tuple(inputs), strict=False)
-        return torch.export.export(network, tuple(inputs), strict=True)
+        return _in_order_of_use(_program(network, tuple(inputs)).module(check_guards=False))  # type: ignore[arg-type]
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
         where = _place(lines)
@@ -42,6 +41,32 @@ def static_program(network: nn.Module, inputs: Sequence[Tensor]) -> ExportedProg
         ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    with contextlib.suppress(Exception):
+        return torch.export.export(_twin(network, {}), inputs, strict=False)
+    return torch.export.export(network, inputs, strict=True)
+
+
+def _in_order_of_use(graph_module: GraphModule) -> GraphModule:
+    """Move tensors to the order in which they are first used, and leave out those that are not used."""
+    nodes = list(graph_module.graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    tensors = [node for node in nodes if node.op == "get_attr"]
+    used = sorted((node for node in tensors if node.users), key=lambda node: min(place[user] for user in node.users))
+    first = next(node for node in nodes if node.op != "get_attr")
+    for node in used:
+        first.prepend(node)
+    kept = {str(node.target) for node in used}
+    for node in tensors:
+        if not node.users:
+            graph_module.graph.erase_node(node)
+            owner, _, leaf = str(node.target).rpartition(".")
+            if str(node.target) not in kept and hasattr(graph_module.get_submodule(owner), leaf):
+                delattr(graph_module.get_submodule(owner), leaf)
+    graph_module.recompile()
+    return graph_module
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:

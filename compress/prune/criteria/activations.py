@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from compress.errors import CaptureError, DataError
 from compress.measure.modes import kept_modes
 from compress.prune.anatomy import Anatomy
-from compress.prune.coupling import static_program
+from compress.prune.coupling import static_graph
 from compress.prune.criteria.places import Place, find_places
 from compress.surgery import Captured
 
@@ -210,10 +210,9 @@ def _wide(anatomy: Anatomy, batches: Sequence[Sequence[Tensor]]) -> tuple[GraphM
         return anatomy.graph, {node: node for node in _nodes(anatomy.graph)}
     try:
         with kept_modes(network, training=False):
-            program = static_program(network, [tensor.to(anatomy.inputs[0].device) for tensor in first])
+            graph = static_graph(network, [tensor.to(anatomy.inputs[0].device) for tensor in first])
     except CaptureError:
         return None  # of this size it cannot be; pieces can
-    graph: Any = program.module(check_guards=False)
     old, new = list(_nodes(anatomy.graph)), list(_nodes(graph))
     same = [(a.name, a.op, str(a.target)) for a in old] == [(b.name, b.op, str(b.target)) for b in new]
     return (graph, dict(zip(old, new))) if same else None

@@ -53,8 +53,8 @@ def roles_of(graph_module: GraphModule) -> dict[tuple[str, int], str]:
 
     Example:
         >>> from torch import nn
-        >>> from compress.prune.coupling import static_program
-        >>> graph = static_program(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), [torch.ones(2, 3)]).module()
+        >>> from compress.prune.coupling import static_graph
+        >>> graph = static_graph(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)), [torch.ones(2, 3)])
         >>> {slot: role for slot, role in roles_of(graph).items() if "weight" in slot[0]}
         {('0.weight', 0): 'makes', ('0.weight', 1): 'reads', ('1.weight', 0): 'scales'}
     """

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from compress.prune.coupling import read_coupling, resize, static_program
+from compress.prune.coupling import read_coupling, resize, static_graph
 from compress.prune.coupling.resize import _Left
 from compress.surgery import apply_slices
 
@@ -80,7 +80,7 @@ def masked_and_shrunk(
         choose: Gives from the groups a list of ``(name, {group: unit indices})``.
         heads: Whether heads of attention go whole or lose width.
     """
-    graph: Any = static_program(network.eval(), inputs).module(check_guards=False)
+    graph: Any = static_graph(network.eval(), inputs)
     coupling = read_coupling(graph, heads=heads)
     results = []
     for name, choice in choose(coupling.groups):
