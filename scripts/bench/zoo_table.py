@@ -71,7 +71,7 @@ _KINDS = {
     "finer": "finer with ours",
     "fails": "that do not run",
     "kept": "of what ours keeps",
-    "other": "other",
+    "other": "that run and take parts of ours",
 }
 
 

@@ -50,23 +50,30 @@ def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 
 
 def _in_order_of_use(graph_module: GraphModule) -> GraphModule:
-    """Move tensors to the order in which they are first used, and leave out those that are not used."""
+    """Move tensors to the order in which they are first used, and leave out those that are not used by any name."""
     nodes = list(graph_module.graph.nodes)
     place = {node: number for number, node in enumerate(nodes)}
-    tensors = [node for node in nodes if node.op == "get_attr"]
-    used = sorted((node for node in tensors if node.users), key=lambda node: min(place[user] for user in node.users))
+    tensors = {node: _attribute(graph_module, str(node.target)) for node in nodes if node.op == "get_attr"}
+    first_use: dict[int, int] = {}
+    for node, tensor in tensors.items():
+        for user in node.users:
+            first_use[id(tensor)] = min(place[user], first_use.get(id(tensor), place[user]))
     first = next(node for node in nodes if node.op != "get_attr")
-    for node in used:
+    for node in sorted((n for n in tensors if id(tensors[n]) in first_use), key=lambda n: first_use[id(tensors[n])]):
         first.prepend(node)
-    kept = {str(node.target) for node in used}
-    for node in tensors:
-        if not node.users:
+    for node, tensor in tensors.items():
+        if id(tensor) not in first_use:
             graph_module.graph.erase_node(node)
             owner, _, leaf = str(node.target).rpartition(".")
-            if str(node.target) not in kept and hasattr(graph_module.get_submodule(owner), leaf):
+            if hasattr(graph_module.get_submodule(owner), leaf):
                 delattr(graph_module.get_submodule(owner), leaf)
     graph_module.recompile()
     return graph_module
+
+
+def _attribute(graph_module: GraphModule, name: str) -> object:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(graph_module.get_submodule(owner), leaf)
 
 
 def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:

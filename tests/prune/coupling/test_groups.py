@@ -66,6 +66,35 @@ def test_code_that_does_not_run_on_tensors_without_data_is_read() -> None:
     assert slots(find_coupling(network, (x,)), "inner") == {"inner.weight@0": 1, "inner.bias@0": 1, "outer.weight@1": 1}
 
 
+class Tied(nn.Module):
+    """One matrix as a table and as the last layer, and a tensor that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(1, 6))
+        self.table, self.inner, self.outer = nn.Embedding(10, 6), nn.Linear(6, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 10, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        return self.head(x + self.outer(self.inner(x).relu()))
+
+
+def test_tied_tensors_are_found_by_any_name_and_unused_ones_are_left_alone() -> None:
+    torch.manual_seed(0)
+    network, tokens = Tied().eval(), torch.randint(10, (2, 5))
+    anatomy = study(network, (tokens,))
+    assert set(anatomy.widths.values()) == {6, 8}
+    assert not any(name == "unused" for group in anatomy.groups.values() for name, _ in group.slots)
+    data = describe_removal(anatomy, {name: torch.tensor([1, 3]) for name in anatomy.groups})
+    assert data is not None
+    pruned = apply_removal(copy.deepcopy(network), data)
+    assert pruned.head.weight is pruned.table.weight  # type: ignore[union-attr]
+    assert pruned.table.weight.shape == (10, 4)  # type: ignore[union-attr]
+    assert pruned(tokens).shape == (2, 5, 10)
+
+
 def test_a_network_keeps_its_own_state() -> None:
     class Remembering(nn.Linear):
         def __init__(self, width: int, out: int) -> None:
