@@ -79,7 +79,7 @@ def _edit(name: str, network: nn.Module, inputs: Inputs, rounds: int) -> list[Ro
         applied = time.perf_counter()
         for key, seconds in [
             ("study (export and couplings)", studied - started),
-            ("plan", planned - studied),
+            ("choose (scores, check on a copy)", planned - studied),
             ("apply and re-link", applied - planned),
             ("one edit", applied - started),
         ]:

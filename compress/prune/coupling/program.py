@@ -45,8 +45,16 @@ def static_graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
 
 def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     with contextlib.suppress(Exception):
-        return torch.export.export(_twin(network, {}), inputs, strict=False)
+        program = torch.export.export(_twin(network, {}), inputs, strict=False)
+        if not _bypasses(program, network):
+            return program
     return torch.export.export(network, inputs, strict=True)
+
+
+def _bypasses(program: ExportedProgram, network: nn.Module) -> bool:
+    """Say whether code has reached parameters past the twin, as a compiled part does: they are constants then."""
+    owned = {parameter.data_ptr() for parameter in network.parameters()} - {0}
+    return any(isinstance(each, Tensor) and each.data_ptr() in owned for each in program.constants.values())
 
 
 def _in_order_of_use(graph_module: GraphModule) -> GraphModule:
@@ -81,7 +89,9 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
     if id(module) not in twins:
         twin = twins[id(module)] = object.__new__(type(module))
         twin.__dict__ = {
-            key: copy.copy(value) if isinstance(value, _CONTAINERS) else value for key, value in vars(module).items()
+            key: copy.copy(value) if isinstance(value, _CONTAINERS) else value
+            for key, value in vars(module).items()
+            if key != "_compiled_call_impl"  # it belongs to the module itself
         }
         for name, child in module._modules.items():
             twin._modules[name] = child if child is None else _twin(child, twins)

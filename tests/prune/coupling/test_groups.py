@@ -66,6 +66,29 @@ def test_code_that_does_not_run_on_tensors_without_data_is_read() -> None:
     assert slots(find_coupling(network, (x,)), "inner") == {"inner.weight@0": 1, "inner.bias@0": 1, "outer.weight@1": 1}
 
 
+class Hidden(nn.Module):
+    """A layer that its code also holds in a tuple, where no copy of the modules reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.steps = (self.inner, nn.ReLU(), self.outer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+def test_parameters_are_found_however_the_code_reaches_them() -> None:
+    assert slots(find_coupling(Hidden(), (torch.ones(2, 3),)), "inner")["outer.weight@1"] == 1
+    network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    network.compile(backend="eager")
+    assert slots(find_coupling(network, (torch.ones(2, 3),)), "0")["2.weight@1"] == 1
+    wrapped = nn.Sequential(torch.compile(nn.Linear(3, 4), backend="eager"), nn.Linear(4, 2))  # type: ignore[arg-type]
+    assert len(find_coupling(wrapped, (torch.ones(2, 3),)).groups) == 1
+
+
 class Tied(nn.Module):
     """One matrix as a table and as the last layer, and a tensor that nothing uses."""
 
