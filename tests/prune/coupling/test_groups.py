@@ -85,7 +85,7 @@ def test_parameters_are_found_however_the_code_reaches_them() -> None:
     network = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     network.compile(backend="eager")
     assert slots(find_coupling(network, (torch.ones(2, 3),)), "0")["2.weight@1"] == 1
-    wrapped = nn.Sequential(torch.compile(nn.Linear(3, 4), backend="eager"), nn.Linear(4, 2))  # type: ignore[arg-type]
+    wrapped = nn.Sequential(torch.compile(nn.Linear(3, 4), backend="eager"), nn.Linear(4, 2))  # type: ignore[call-overload]
     assert len(find_coupling(wrapped, (torch.ones(2, 3),)).groups) == 1
 
 
