@@ -18,6 +18,7 @@ from compress.surgery.slicing import check_shapes
 __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
+_PATTERN_EPS = 1e-5
 
 
 def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captured:
@@ -75,6 +76,8 @@ def convert(prepared: Captured) -> Captured:
 
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
+    _as_trained(twin.graph_module)
+    _as_pattern(twin.graph_module)
     converted = convert_pt2e(twin.graph_module)
     _drop_unused(converted)
     return Captured(converted).eval()
@@ -122,6 +125,40 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
 
 
+def _as_trained(graph_module: GraphModule) -> None:
+    """Let conversion take the scales that fake quantization has used.
+
+    PT2E would compute them again, of weights by another formula (half of 255 steps, not 128 below and 127 above zero),
+    and one in ten weights would become another integer than the one that was trained.
+    """
+    module: Any
+    for module in graph_module.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.calculate_qparams = lambda own=module: (own.scale, own.zero_point.long())
+
+
+def _as_pattern(graph_module: GraphModule) -> None:
+    """Move what BatchNorms have beyond PT2E's eps into their variances: conversion folds them with its own."""
+    moved: set[str] = set()
+    for node in graph_module.graph.nodes:
+        if not _has_statistics(node):
+            continue
+        name, eps = str(node.args[4].target), node.args[7]
+        if name not in moved:
+            moved.add(name)
+            graph_module.get_buffer(name).add_(eps - _PATTERN_EPS)
+        _set_eps(node, _PATTERN_EPS)
+    graph_module.recompile()
+
+
+def _set_eps(norm: Node, eps: float) -> None:
+    """Write a BatchNorm's eps where it stands, and where its variance scales a weight."""
+    norm.update_arg(7, eps)
+    for user in list(norm.args[4].users):  # type: ignore[union-attr]
+        if user.target is torch.ops.aten.add.Tensor:
+            user.update_arg(1, eps)
+
+
 def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # Under autocast, what a linear layer gives is bfloat16, in which observers cannot keep their ranges.
     return tuple(tensor.float() for tensor in inputs)
@@ -164,11 +201,7 @@ def _restore_norm_constants(graph_module: GraphModule, norms: Mapping[str, tuple
     for node in graph_module.graph.nodes:
         if not _has_statistics(node):
             continue
-        running_var = node.args[4]
-        momentum, eps = norms[str(running_var.target)]
+        momentum, eps = norms[str(node.args[4].target)]
         node.update_arg(6, momentum)
-        node.update_arg(7, eps)
-        for user in list(running_var.users):
-            if user.target is torch.ops.aten.add.Tensor:
-                user.update_arg(1, eps)
+        _set_eps(node, eps)
     graph_module.recompile()

@@ -168,3 +168,25 @@ def test_a_norm_of_the_batch_alone_is_refused_behind_a_convolution() -> None:
         prepare(nn.Sequential(nn.Conv2d(1, 8, 3), norm, nn.Conv2d(8, 2, 1)).train(), (x[:2],), "int8")
     behind = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), norm, nn.Conv2d(8, 2, 1))
     assert prepare(behind.train(), (x[:2],), "int8")(x).shape == (4, 2, 4, 4)
+
+
+def test_every_weight_becomes_the_integer_that_was_trained(trained: tuple[Residual, Captured]) -> None:
+    """PT2E's conversion has a formula of its own for a weight's scale, and an eps of its own for folded BatchNorms."""
+    prepared = copy.deepcopy(trained[1]).eval()
+    used: dict[tuple[int, ...], Tensor] = {}
+
+    def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        scale = module.scale.reshape(-1, *[1] * (output.dim() - 1))  # type: ignore[operator, union-attr]
+        used[tuple(output.shape)] = torch.round(output.detach() / scale)
+
+    for module in prepared.graph_module.modules():
+        if getattr(module, "is_per_channel", False):
+            module.register_forward_hook(watch)
+    x, _ = images(64, seed=1)
+    with torch.no_grad():
+        fake, integer = prepared(x), convert(trained[1])(x)
+    converted = [tensor for tensor in convert(trained[1]).state_dict().values() if tensor.dtype == torch.int8]
+    assert len(converted) == len(used) == 4
+    for tensor in converted:
+        assert int((tensor != used[tuple(tensor.shape)]).sum()) <= 1  # a tie, where BatchNorm is folded in
+    assert float((fake - integer).norm() / fake.norm()) < 2e-3
