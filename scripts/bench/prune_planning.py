@@ -20,24 +20,17 @@ import torch
 import torch_pruning as tp
 from common import Row
 from limit import OutOfTimeError, processor_time
+from prune_effects import NETWORKS as EDITED
 from rich.progress import track
 from torch import Tensor, nn
 from zoo_models import build
 
+from compress.measure.threads import torch_threads
 from compress.prune.coupling import read_coupling, static_graph
 
 __all__ = ["planning_rows", "plot_planning"]
 
-NETWORKS = [
-    "torchvision/resnet18",
-    "torchvision/resnet50",
-    "torchvision/resnet152",
-    "torchvision/mobilenet_v2",
-    "torchvision/vit_b_16",
-    "torchvision/vit_l_16",
-    "torchvision/swin_b",
-    "transformers/bert_12_layers",
-]
+NETWORKS = [*EDITED, "torchvision/vit_l_16", "torchvision/swin_b"]
 DECODER_LAYERS = (4, 8, 16)
 LIMIT_S = 60.0
 """For one call of Torch-Pruning."""
@@ -45,16 +38,13 @@ LIMIT_S = 60.0
 
 def planning_rows(quick: bool) -> list[Row]:
     """Time both planners on each network, and ours on a decoder of up to a billion parameters."""
-    threads = torch.get_num_threads()
     logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings():
+        with torch_threads(1), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             rows = _planning(NETWORKS[:2] if quick else NETWORKS, rounds=1 if quick else 3)
             return rows if quick else rows + _decoder()
     finally:
-        torch.set_num_threads(threads)
         logging.disable(logging.NOTSET)
 
 
