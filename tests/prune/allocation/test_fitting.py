@@ -91,6 +91,17 @@ def test_estimates_are_put_right_by_measuring(anatomy: Anatomy) -> None:
     assert 2 <= found.rounds == cost.measured - 1 <= 5
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "global"])
+def test_groups_that_step_together_are_widened_singly(anatomy: Anatomy, allocation: str) -> None:
+    # In steps of 16 all widths of a family that meet this target cost at most 0.83 of it; one group may be wider.
+    cost = Overheads(anatomy, 0.3)
+    found = fit_to_target(anatomy, groups(anatomy), allocation, Target(latency=0.8), round_to=16, cost=cost)
+    assert found.met
+    assert found.reached >= 0.92 * found.wanted
+    assert all(width % 16 == 0 for width in found.widths.values())
+    assert found.rounds == cost.measured - 1 <= 10
+
+
 class Odd:
     """An engine on which a width that is no multiple of 16 is as slow as the next one that is."""
 
