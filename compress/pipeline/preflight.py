@@ -50,7 +50,7 @@ def preflight(recipe: Recipe) -> None:
     if recipe.sparsify is not None:
         recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
-        prepare(student, (inputs,), recipe.quantize.scheme)
+        prepare(student, (inputs,), recipe.quantize.scheme, keep=recipe.quantize.keep)
 
 
 def _try_losses(recipe: Recipe, inputs: Tensor, targets: Tensor) -> None:

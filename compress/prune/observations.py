@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compress.errors import EditError
 from compress.prune.anatomy import Anatomy
 from compress.prune.criteria import CRITERIA, Activation, Gradients, measure_activations
+from compress.surgery.editor import inputs_of
 
 __all__ = ["Observations", "Witness"]
 
@@ -66,13 +66,8 @@ class Witness:
         """
         if not self._recent.maxlen:
             return
-        first = batch[0] if isinstance(batch, list | tuple) else batch
-        tensors = tuple(first) if isinstance(first, list | tuple) else (first,)
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise EditError(
-                f"batch: expected (inputs, ...) with tensors, got {type(first).__name__}. Use a criterion that needs "
-                "weights or gradients alone, allocation: uniform or global, no depth and no recalibration."
-            )
+        hint = "Use a criterion that needs weights or gradients alone, allocation: uniform or global, no depth and no "
+        tensors = inputs_of(batch, otherwise=f"{hint}recalibration.")
         self._recent.append(tuple(tensor.detach() for tensor in tensors))
 
     def note_gradients(self, network: nn.Module) -> None:

@@ -1,20 +1,24 @@
-"""Integers instead of floats: schemes, PT2E preparation and conversion, and quantization-aware training."""
+"""Integers instead of floats: schemes, PT2E preparation and conversion, calibration, quantization in a fit."""
 
 from __future__ import annotations
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from compress.quantize.calibrate import calibrate
 from compress.quantize.pt2e import convert, prepare, replay_quantize
+from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import SCHEMES, Scheme, get_scheme
 
 if TYPE_CHECKING:
     from compress.quantize.callback import QuantizationAwareTraining
 
 __all__ = [
+    "RANGES",
     "SCHEMES",
     "QuantizationAwareTraining",
     "Scheme",
+    "calibrate",
     "convert",
     "get_scheme",
     "prepare",

@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
 from torch import nn
 
-from compress.errors import EditError, RecipeError
+from compress.errors import DataError, EditError, RecipeError
+from compress.quantize.calibrate import calibrate
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
+from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
-from compress.surgery.editor import example_inputs, progress
+from compress.surgery.editor import example_inputs, inputs_of, progress
 from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
 
 
 class QuantizationAwareTraining(ModelEditor):
-    """Train with fake quantization from a given progress on.
+    """Train with fake quantization from a given progress on, or quantise what has been trained.
 
     The network is captured as a graph, prepared for the scheme, and trained on with the same optimiser; BatchNorm
     statistics and activation ranges stand still for the last part (Jacob et al. 2018, arXiv:1712.05877, section 3;
     Krishnamoorthi 2018, arXiv:1806.08342, section 4). After the fit, ``converted`` holds the integer network.
 
+    With ``start=1`` nothing is trained in integers (post-training quantization): when the fit ends, ranges are learned
+    from training batches that pass through the float network in evaluation (``calibrate``).
+
     Args:
-        scheme: What is quantised and how: ``int8``.
-        start: Progress in [0, 1) from which on fake quantization works.
+        scheme: What is quantised and how, one of ``SCHEMES``.
+        start: Progress in [0, 1] from which on fake quantization works.
         freeze_batchnorm: Progress from which on BatchNorm statistics and activation ranges stand still.
+        keep: Patterns of layer names that stay in floating point, as ``fc`` or ``stages.0.*``.
+        ranges: How a range follows from calibration data, with ``start=1``: one of ``RANGES``.
+        num_batches: Training batches to calibrate with, at most.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -43,12 +53,22 @@ class QuantizationAwareTraining(ModelEditor):
         *,
         start: float = 0.7,
         freeze_batchnorm: float = 0.9,
+        keep: Sequence[str] = (),
+        ranges: str = "mse",
+        num_batches: int = 32,
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
-        if not 0 <= start < 1:
-            raise RecipeError(f"quantize.start: expected a value in [0, 1), got {start}. Use 0.7 for the last 30 %.")
-        if not start <= freeze_batchnorm <= 1:
+        if not 0 <= start <= 1:
+            raise RecipeError(
+                f"quantize.start: expected a value in [0, 1], got {start}. Use 0.7 for the last 30 %, or 1 to quantise "
+                "after training."
+            )
+        if ranges not in RANGES:
+            raise RecipeError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {ranges!r}. Choose one.")
+        if num_batches < 1:
+            raise RecipeError(f"quantize.num_batches: expected at least 1, got {num_batches}. Use 32, say.")
+        if start < 1 and not start <= freeze_batchnorm <= 1:
             raise RecipeError(
                 f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
                 "Freeze after quantization has started."
@@ -56,6 +76,9 @@ class QuantizationAwareTraining(ModelEditor):
         self.scheme = get_scheme(scheme).name
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
+        self.keep = tuple(keep)
+        self.ranges = ranges
+        self.num_batches = num_batches
         self._trained: Captured | None = None
 
     @cached_property
@@ -86,6 +109,8 @@ class QuantizationAwareTraining(ModelEditor):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""
+        if self.start == 1 and not history_of(pl_module).count(self.kind):
+            self._calibrate(trainer, pl_module)
         network = self.network(pl_module)
         self.__dict__.pop("converted", None)
         self._trained = network if isinstance(network, Captured) else None
@@ -95,7 +120,30 @@ class QuantizationAwareTraining(ModelEditor):
             return
         data = {
             "scheme": self.scheme,
+            "keep": list(self.keep),
             "inputs": describe_inputs(example_inputs(pl_module, batch)),
             "shapes": shapes_of(self.network(pl_module), {}),
         }
         self.edit(trainer, pl_module, lambda: Edit(self.kind, data))
+
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Quantise with ranges from training data; every rank has those of rank 0."""
+        batches = (
+            inputs_of(trainer.strategy.batch_to_device(batch, pl_module.device), otherwise="Train with start below 1.")
+            for batch in itertools.islice(trainer.train_dataloader or [], self.num_batches)
+        )
+        first = next(batches, None)
+        if first is None:
+            raise DataError("quantize: expected training batches to calibrate with, got none. Give the Trainer data.")
+        self._quantize_once(trainer, pl_module, [first if len(first) > 1 else first[0]])
+        network = self.network(pl_module)
+        assert isinstance(network, Captured)
+        calibrate(
+            network,
+            itertools.chain([first], batches),
+            ranges=self.ranges,
+            progress=trainer.is_global_zero and bool(trainer.progress_bar_callback),
+        )
+        learned = {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name}
+        for name, value in trainer.strategy.broadcast(learned, src=0).items():
+            learned[name].copy_(value)

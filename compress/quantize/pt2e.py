@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.errors import CaptureError
+from compress.errors import CaptureError, RecipeError
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.slicing import check_shapes
@@ -19,28 +20,37 @@ __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_qua
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
 _PATTERN_EPS = 1e-5
+_NOTE = "quantization_annotation"
+_PRODUCTS = {
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.linear.default,
+}
 
 
-def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captured:
+def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: Sequence[str] = ()) -> Captured:
     """Capture a network and put fake quantization around what the scheme quantises.
 
     Args:
         network: A float network; its parameters are shared with the result, under the same names.
         inputs: Example inputs, at least two samples each.
         scheme: A name in ``SCHEMES``.
+        keep: Patterns of layer names that stay in floating point, as ``fc`` or ``stages.0.*``.
 
     Returns:
         A module that trains like the network, seeing what int8 will do to it.
 
     Raises:
         CaptureError: when the network cannot be captured, or nothing in it can be quantised.
-        RecipeError: when the scheme is unknown.
+        RecipeError: when the scheme is unknown, or a pattern matches no layer that could be quantised.
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
     quantizer = get_scheme(scheme).quantizer()
     captured = capture(network, inputs).train()
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
+    _keep(quantizer, _matching(captured.graph_module, keep))
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
     try:
@@ -54,6 +64,8 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str) -> Captur
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             module.register_forward_pre_hook(_in_float32)
+            if module.qscheme == torch.per_tensor_symmetric:
+                module.register_forward_pre_hook(_around_zero)
     prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
@@ -102,20 +114,14 @@ def replay_quantize(network: nn.Module, edit: Edit) -> nn.Module:
     check_shapes(network, edit.data.get("shapes"))
     device = next(network.parameters()).device
     inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
-    return prepare(network, inputs, edit.data["scheme"]).to(device)
+    return prepare(network, inputs, edit.data["scheme"], keep=edit.data.get("keep", ())).to(device)
 
 
 def num_quantized(prepared: Captured) -> int:
     """Count the convolutions and matrix products whose weight passes a fake quantizer."""
-    products = {
-        torch.ops.aten.conv1d.default,
-        torch.ops.aten.conv2d.default,
-        torch.ops.aten.conv3d.default,
-        torch.ops.aten.linear.default,
-    }
     graph_module = prepared.graph_module
     return sum(
-        node.target in products and _is_fake_quantizer(graph_module, node.args[1]) for node in graph_module.graph.nodes
+        node.target in _PRODUCTS and _is_fake_quantizer(graph_module, node.args[1]) for node in graph_module.graph.nodes
     )
 
 
@@ -123,6 +129,34 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     if not (isinstance(node, Node) and node.op == "call_module"):
         return False
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
+
+
+def _matching(graph_module: GraphModule, patterns: Sequence[str]) -> list[str]:
+    """Return the layers with a product whose names match, each pattern at least one."""
+    names = list(dict.fromkeys(_layer(node) for node in graph_module.graph.nodes if node.target in _PRODUCTS))
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise RecipeError(
+                f"quantize.keep: expected patterns of layers with a convolution or matrix product, got {pattern!r}. "
+                f"The layers are: {', '.join(names)}."
+            )
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def _keep(quantizer: Any, layers: Sequence[str]) -> None:
+    """Let a quantizer leave layers alone; what it notes on them, with nothing inside, PT2E's fusion trips over."""
+    for name in layers:
+        quantizer.set_module_name_qconfig(name, None)
+    annotate = quantizer.annotate
+
+    def annotated(graph_module: GraphModule) -> GraphModule:
+        annotate(graph_module)
+        for node in graph_module.graph.nodes:
+            if node.target in _PRODUCTS and not getattr(node.meta.get(_NOTE), "input_qspec_map", True):
+                del node.meta[_NOTE]
+        return graph_module
+
+    quantizer.annotate = annotated
 
 
 def _as_trained(graph_module: GraphModule) -> None:
@@ -159,9 +193,24 @@ def _set_eps(norm: Node, eps: float) -> None:
             user.update_arg(1, eps)
 
 
+def _layer(node: Node) -> str:
+    """Return the module of the user's network whose code calls an operator."""
+    names = [name for name, _ in (node.meta.get("nn_module_stack") or {"": ("", None)}).values()]
+    return str(names[-1])
+
+
 def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     # Under autocast, what a linear layer gives is bfloat16, in which observers cannot keep their ranges.
     return tuple(tensor.float() for tensor in inputs)
+
+
+def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Keep a symmetric range symmetric: of values that are never negative, the kernel would make an affine one."""
+    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
+    if torch.isinf(high).any():  # nothing seen yet
+        high.copy_(inputs[0].detach().amax())
+        low.copy_(inputs[0].detach().amin())
+    low.copy_(torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny)))
 
 
 def _drop_unused(graph_module: GraphModule) -> None:
@@ -185,9 +234,8 @@ def _check_norms(graph_module: GraphModule) -> None:
     """Refuse what PT2E's fused pattern would compute with statistics that are not there."""
     for node in graph_module.graph.nodes:
         if node.target is _BATCH_NORM and node.args[4] is None and "conv" in str(node.args[0].target):
-            names = [name for name, _ in (node.meta.get("nn_module_stack") or {}).values()]
             raise CaptureError(
-                f"quantize: expected BatchNorms with running statistics behind convolutions, got {names[-1]!r} "
+                f"quantize: expected BatchNorms with running statistics behind convolutions, got {_layer(node)!r} "
                 "without. Set track_running_stats=True, or leave quantize out."
             )
 

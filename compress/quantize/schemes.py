@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from compress.errors import RecipeError
 
@@ -18,7 +20,7 @@ class Scheme:
     Args:
         name: What a recipe calls it.
         description: One line for people.
-        quantizer: Returns the PT2E quantizer that annotates a graph, for quantization-aware training.
+        quantizer: Returns the PT2E quantizer that annotates a graph with fake quantization.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Scheme:
 
 
 def _x86() -> Any:
+    """Uint8 is what x86 has instructions for; all of its range is used."""
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
         X86InductorQuantizer,
         get_default_x86_inductor_quantization_config,
@@ -35,10 +38,23 @@ def _x86() -> Any:
     return X86InductorQuantizer().set_global(get_default_x86_inductor_quantization_config(is_qat=True))
 
 
+def _portable() -> Any:
+    """From 0 to 254 with zero at 127: the symmetric int8 of other engines, shifted to what x86 takes."""
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import (
+        X86InductorQuantizer,
+        get_default_x86_inductor_quantization_config,
+    )
+
+    config = get_default_x86_inductor_quantization_config(is_qat=True)
+    activation = replace(config.input_activation, qscheme=torch.per_tensor_symmetric, quant_max=254)
+    return X86InductorQuantizer().set_global(replace(config, input_activation=activation, output_activation=activation))
+
+
 SCHEMES = {
     scheme.name: scheme
     for scheme in [
         Scheme("int8", "int8 weights per output channel, uint8 affine activations per tensor", _x86),
+        Scheme("int8_portable", "the same with symmetric activations, which every engine takes", _portable),
     ]
 }
 

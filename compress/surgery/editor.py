@@ -20,7 +20,7 @@ from compress.surgery.relink import check_strategy, relink_trainer
 from compress.surgery.slicing import Slices, apply_slices
 from compress.surgery.timeline import progress
 
-__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "progress"]
+__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "inputs_of", "progress"]
 
 log = logging.getLogger(__name__)
 
@@ -44,17 +44,32 @@ def example_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, .
         EditError: when neither gives a tensor.
     """
     example = pl_module.example_input_array
-    if example is None:
-        example = batch[0] if isinstance(batch, list | tuple) else batch
-    tensors = tuple(example) if isinstance(example, list | tuple) else (example,)
-    if not all(isinstance(tensor, Tensor) for tensor in tensors):
-        raise EditError(
-            f"batch: expected (inputs, ...) with tensors, got {type(example).__name__}. "
-            "Set example_input_array on the LightningModule."
-        )
+    hint = "Set example_input_array on the LightningModule."
+    tensors = inputs_of(batch if example is None else [example], otherwise=hint)
     # A batch of one is doubled: torch.export takes a size of 1 for a constant.
     pairs = [tensor[:2] if len(tensor) > 1 else tensor.expand(2, *tensor.shape[1:]) for tensor in tensors]
     return tuple(tensor.detach().to(pl_module.device) for tensor in pairs)
+
+
+def inputs_of(batch: Any, *, otherwise: str) -> tuple[Tensor, ...]:
+    """Return a batch's inputs: its first element, a tensor or several.
+
+    Args:
+        batch: From a loader.
+        otherwise: What to do where there are none, for the error.
+
+    Raises:
+        EditError: when the first element holds something else.
+
+    Example:
+        >>> [tensor.shape for tensor in inputs_of((torch.ones(2, 3), torch.ones(2)), otherwise="")]
+        [torch.Size([2, 3])]
+    """
+    first = batch[0] if isinstance(batch, list | tuple) else batch
+    tensors = tuple(first) if isinstance(first, list | tuple) else (first,)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors):
+        raise EditError(f"batch: expected (inputs, ...) with tensors, got {type(first).__name__}. {otherwise}")
+    return tensors
 
 
 def find_network(pl_module: pl.LightningModule, attribute: str, *, who: str) -> nn.Module:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.distill import Classification, Distiller
 from compress.errors import RecipeError
-from compress.quantize import QuantizationAwareTraining
+from compress.quantize import QuantizationAwareTraining, replay_quantize
 from compress.surgery import Captured, history_of
 from tests.networks import Residual, loader
 
@@ -109,12 +109,54 @@ def test_history_and_conversion(fitted: tuple[Distiller, Watch, QuantizationAwar
     assert float(agree.float().mean()) > 0.9
 
 
+def test_after_the_fit_with_ranges_from_training_data() -> None:
+    pl.seed_everything(0)
+    module = Distiller(
+        Residual(), task=Classification(3), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
+    )
+    callback = QuantizationAwareTraining("int8_portable", start=1, ranges="percentile", num_batches=3, keep=["fc"])
+    seen: list[bool] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            seen.append(isinstance(pl_module.student, Captured))
+
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[Look(), callback],
+    )
+    trainer.fit(module, loader())
+    assert seen
+    assert not any(seen)
+    (edit,) = history_of(module)
+    assert edit.data["scheme"] == "int8_portable"
+    assert edit.data["keep"] == ["fc"]
+    kinds = {name: t.dtype for name, t in callback.converted.state_dict().items() if t.dim() > 1}
+    assert sorted(str(kind) for kind in kinds.values()) == ["torch.float32", *3 * ["torch.int8"]]
+    assert kinds["fc.weight"] == torch.float32
+    x, _ = next(iter(loader(seed=1, shuffle=False)))
+    with torch.no_grad():
+        trained, integer = module.eval()(x), callback.converted(x)
+    assert float((trained - integer).norm() / trained.norm()) < 2e-3
+    again = replay_quantize(Residual(), edit)
+    again.load_state_dict(module.student.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(x), trained)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"start": 1.0}, r"quantize\.start: expected a value in \[0, 1\), got 1\.0"),
+        ({"start": 1.1}, r"quantize\.start: expected a value in \[0, 1\], got 1\.1"),
         ({"start": 0.5, "freeze_batchnorm": 0.4}, r"quantize\.freeze_batchnorm: expected a value in \[0\.5, 1\]"),
-        ({"scheme": "int7"}, r"quantize\.scheme: expected one of int8, got 'int7'"),
+        ({"scheme": "int7"}, r"quantize\.scheme: expected one of int8, int8_portable, got 'int7'"),
+        ({"ranges": "magic"}, r"quantize\.ranges: expected one of minmax, .*, got 'magic'"),
+        ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
 )
 def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:

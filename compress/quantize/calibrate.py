@@ -1,0 +1,160 @@
+"""Post-training quantization: the ranges of activations, from data that passes through the float network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from compress.errors import DataError
+from compress.quantize.ranges import Grid, Seen, choose_range
+from compress.surgery import Captured
+
+__all__ = ["calibrate", "float_mode"]
+
+Batches = Iterable[Sequence[Tensor]]
+
+
+def calibrate(
+    prepared: Captured, batches: Batches, *, ranges: str = "mse", percentile: float = 99.99, progress: bool = False
+) -> int:
+    """Set what the integers of a prepared network stand for: activations by data, weights by their own extremes.
+
+    Data passes through the network in floating point and in evaluation; nothing is trained.
+
+    Args:
+        prepared: From ``prepare``.
+        batches: Inputs of the network, a tuple of tensors each.
+        ranges: How a range follows from what was seen, a key of ``RANGES``.
+        percentile: How many of the values lie inside a range, for ``ranges="percentile"``.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        How many batches were seen.
+
+    Raises:
+        DataError: when there is no data, it does not fit the network, or an activation is not finite; the network's
+            ranges stay as they were.
+        RecipeError: when there is no such method.
+    """
+    activations, weights = _fake_quantizers(prepared.graph_module)
+    seen = {name: Seen() for name in activations}
+    hooks = [_watch(module, seen[name], name) for name, module in activations.items()]
+    num = 0
+    training = prepared.training
+    try:
+        with float_mode(prepared.eval()), torch.no_grad():
+            for inputs in track(batches, "calibrating", transient=True, disable=not progress):
+                _check(prepared.graph_module, inputs)
+                prepared(*inputs)
+                num += 1
+    finally:
+        for hook in hooks:
+            hook.remove()
+        prepared.train(training).sync_mode()
+    if not num:
+        raise DataError("calibrate: expected at least one batch, got none. Give the training data's loader.")
+    chosen = {
+        name: choose_range(ranges, seen[name], _grid(module), percentile=percentile)
+        for name, module in activations.items()
+        if seen[name].lows
+    }
+    with torch.no_grad():
+        for name, (low, high) in chosen.items():
+            _set_range(activations[name], torch.tensor(low), torch.tensor(high))
+        _measure_weights(prepared, weights, inputs)
+    return num
+
+
+@contextmanager
+def float_mode(prepared: Captured) -> Iterator[None]:
+    """Let a prepared network compute without rounding or learning ranges, within the context."""
+    modules: list[Any] = [m for m in prepared.graph_module.modules() if hasattr(m, "fake_quant_enabled")]
+    switches = [switch for module in modules for switch in (module.fake_quant_enabled, module.observer_enabled)]
+    before = [int(switch[0]) for switch in switches]
+    for switch in switches:
+        switch[0] = 0
+    try:
+        yield
+    finally:
+        for switch, enabled in zip(switches, before):
+            switch[0] = enabled
+
+
+def _fake_quantizers(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return those that data passes through, and those of weights, by name."""
+    fed: set[Node] = set()
+    found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    for node in graph_module.graph.nodes:
+        if node.op == "placeholder" or any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+        if node.op == "call_module":
+            module = graph_module.get_submodule(str(node.target))
+            if hasattr(module, "fake_quant_enabled"):
+                found[node not in fed][str(node.target)] = module
+    return found
+
+
+def _watch(module: nn.Module, seen: Seen, name: str) -> Any:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        try:
+            seen.add(inputs[0])
+        except ValueError as error:
+            raise DataError(
+                f"calibrate: expected finite activations, got others at {name!r}. Look for NaN in the data and in the "
+                "network's outputs."
+            ) from error
+
+    return module.register_forward_pre_hook(hook)
+
+
+def _check(graph_module: GraphModule, inputs: Any) -> None:
+    wanted = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    got = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+    shapes = [tuple(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in got]
+    expected = [tuple(int(size) for size in value.shape[1:]) for value in wanted]
+    if shapes != expected:
+        raise DataError(
+            f"calibrate: expected batches of (inputs, ...) with shapes (N, ...) = {expected} behind N, got {shapes}. "
+            "Give what the network takes, without targets."
+        )
+
+
+def _grid(module: Any) -> Grid:
+    observer = module.activation_post_process
+    symmetric = observer.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+    return Grid(observer.quant_min, observer.quant_max, symmetric)
+
+
+def _set_range(module: Any, low: Tensor, high: Tensor) -> None:
+    """Note a range; the next pass makes a scale of it."""
+    observer = module.activation_post_process
+    for buffer, value in ((observer.min_val, low), (observer.max_val, high)):
+        buffer.resize_(value.shape).copy_(value)
+
+
+def _measure_weights(prepared: Captured, weights: dict[str, Any], inputs: Sequence[Tensor]) -> None:
+    """Give each channel of a weight the range of its extremes, BatchNorm folded in, and every range its scale."""
+    hooks = [
+        module.register_forward_pre_hook(lambda own, given: _set_range(own, *_extremes(own, given[0])))
+        for module in weights.values()
+    ]
+    training = prepared.training
+    try:
+        prepared.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        prepared.train(training).sync_mode()
+
+
+def _extremes(module: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not module.is_per_channel:
+        return weight.min(), weight.max()
+    rows = weight.movedim(module.ch_axis, 0).flatten(1)
+    return rows.amin(1), rows.amax(1)
