@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,14 @@ from torch.fx import GraphModule
 from compress.prune.anatomy import Anatomy, study
 from compress.prune.attributes import attribute_candidates, follow_shapes
 from compress.prune.blocks import check_blocks, find_blocks, remove_blocks, skip_blocks
-from compress.prune.coupling import Group, read_coupling, resize
+from compress.prune.coupling import Group, read_labels, resize
 from compress.prune.criteria import score_groups
 from compress.surgery import Captured, Edit, apply_slices, capture
 from compress.surgery.slicing import Slices, check_shapes, shapes_of
 
 __all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal", "replay_prune"]
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 def find_groups(network: nn.Module, inputs: Sequence[Tensor], *, ignore: Iterable[str] = ()) -> list[Group]:
@@ -105,7 +107,7 @@ def describe_removal(
     Raises:
         EditError: when a block is none that may be removed, or what is left does not run.
     """
-    reference = copy.deepcopy(anatomy.graph)
+    reference = _copy(anatomy.graph)
     if blocks:
         check_blocks(blocks, find_blocks(anatomy))
         remove_blocks(reference, blocks)
@@ -186,7 +188,7 @@ def _shrink(graph: GraphModule, slices: Slices, heads: str) -> GraphModule:
     """Remove slices from a graph's parameters and write the new sizes into it."""
     if not slices:
         return graph
-    labels = read_coupling(graph, heads=heads).labels
+    labels = read_labels(graph, heads=heads)
     removed = []
     for name, dims in slices.items():
         for dim, kept in dims.items():
@@ -197,6 +199,11 @@ def _shrink(graph: GraphModule, slices: Slices, heads: str) -> GraphModule:
     resize(graph, labels, torch.cat(removed))
     apply_slices(graph, slices, {})
     return graph
+
+
+def _copy(network: Network) -> Network:
+    """Copy a network but for its parameters, which cutting replaces and running leaves alone."""
+    return copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
 
 
 def _tensors(network: nn.Module) -> set[str]:
@@ -211,11 +218,11 @@ def _attributes(
     network, inputs = anatomy.network, anatomy.inputs
     with torch.no_grad():
         expected = _flat(reference(*inputs))
-    plain = skip_blocks(copy.deepcopy(network).eval(), blocks)
+    plain = skip_blocks(_copy(network).eval(), blocks)
     if lost & _tensors(plain):
         return None  # they would stay without a use, which DDP refuses
     for guesses in ({}, attribute_candidates(network, _changed_sizes(network, slices, anatomy.heads))):
-        twin = apply_slices(copy.deepcopy(plain), slices, {})
+        twin = apply_slices(_copy(plain), slices, {})
         attributes = {**follow_shapes(twin)}
         for name, values in guesses.items():
             attributes.setdefault(name, {}).update(values)

@@ -16,7 +16,7 @@ from compress.measure.threads import torch_threads
 from compress.prune.coupling.program import static_graph
 from compress.prune.coupling.walk import Labels, walk
 
-__all__ = ["Coupling", "Group", "find_coupling", "read_coupling"]
+__all__ = ["Coupling", "Group", "find_coupling", "read_coupling", "read_labels"]
 
 Slot = tuple[str, int]
 """A tensor's name and one of its dimensions."""
@@ -115,14 +115,21 @@ def find_coupling(network: nn.Module, inputs: Sequence[Tensor], *, heads: str = 
 
 def read_coupling(graph_module: GraphModule, *, heads: str = "whole") -> Coupling:
     """Find the groups of a graph, as an exported program's ``module()`` or ``Captured`` gives it."""
-    # Labels are numbers, also of a network that has none; threads wait for each other longer than they count.
+    labels = read_labels(graph_module, heads=heads)
     with torch.device("cpu"), torch_threads(1):
-        labels = walk(graph_module, heads)
-        labels.units.settle()
         every = list(_groups(labels))
     shapes = {name: tuple(parameter.shape) for name, parameter in graph_module.named_parameters()}
     groups, protected = ([group for group in every if bool(group.reason) == stay] for stay in (False, True))
     return Coupling(groups, protected, labels.unknown, labels, graph_module, shapes)
+
+
+def read_labels(graph_module: GraphModule, *, heads: str = "whole") -> Labels:
+    """Find the units of a graph, and where they lie."""
+    # Labels are numbers, also of a network that has none; threads wait for each other longer than they count.
+    with torch.device("cpu"), torch_threads(1):
+        labels = walk(graph_module, heads)
+        labels.units.settle()
+    return labels
 
 
 def _groups(labels: Labels) -> Iterator[Group]:

@@ -52,13 +52,14 @@ class _Left:
 
     def __init__(self, units: Units, removed: Tensor) -> None:
         self._units = units
-        self._removed = torch.unique(units.find(removed.contiguous()))
+        self._removed = torch.zeros(len(units), dtype=torch.bool)
+        self._removed[units.find(removed.contiguous())] = True
 
     def kept(self, value: Value) -> list[Tensor | None]:
         """Return for each dimension which indices are kept, or none when all are."""
         result: list[Tensor | None] = [None] * len(value.shape)
         for labels in value.fields:
-            gone = torch.isin(self._units.find(labels.contiguous()), self._removed)
+            gone = self._removed[self._units.find(labels.contiguous())]
             if not bool(gone.any()):
                 continue
             dim = next((d for d in axes(gone) if _varies_along(gone, d)), None)

@@ -52,6 +52,10 @@ class Units:
         self._reasons: dict[int, str] = {}
         self.blocks: list[Block] = []
 
+    def __len__(self) -> int:
+        """One more than the largest label."""
+        return self._num
+
     def fresh(self, num: int) -> Tensor:
         """Return new labels."""
         while self._num + num > len(self._parent):
