@@ -14,7 +14,7 @@ from compress.prune.influence import block_influence
 from compress.prune.masks import global_masks, magnitude_mask, nm_mask
 from compress.prune.planner import apply_removal, describe_removal, find_groups, plan_removal, replay_prune
 from compress.prune.removal import Removal
-from compress.prune.schedules import SCHEDULES, num_kept
+from compress.prune.schedules import SCHEDULES
 from compress.prune.sensitivity import divergence, measure_sensitivity
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ __all__ = [
     "magnitude_mask",
     "measure_sensitivity",
     "nm_mask",
-    "num_kept",
     "plan_removal",
     "replay_prune",
     "score_groups",

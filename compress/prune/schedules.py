@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from compress.errors import RecipeError
 
-__all__ = ["SCHEDULES", "Timetable", "cosine", "cubic", "linear", "num_kept", "one_shot", "timetable"]
+__all__ = ["SCHEDULES", "Timetable", "cosine", "cubic", "linear", "one_shot", "timetable"]
 
 Timetable = list[tuple[float, float]]
 """For each edit the progress of the fit at which it is due, and the fraction of the final ratio reached with it."""
@@ -155,19 +155,3 @@ def _spacing(
     if number < 1:
         raise RecipeError(f"{where}.num_edits: expected at least 1, got {num_edits}. Use 1 or more.")
     return number, (end - start) / max(1, number - 1)
-
-
-def num_kept(width: int, *, ratio: float, round_to: int) -> int:
-    """Return how many of a layer's channels stay.
-
-    Args:
-        width: Channels before any pruning.
-        ratio: Fraction to remove, in [0, 1).
-        round_to: The result is the nearest multiple of it, at least one multiple, and never more than ``width``.
-
-    Example:
-        >>> [num_kept(width, ratio=ratio, round_to=8) for width, ratio in [(64, 0.5), (64, 0.95), (6, 0.5)]]
-        [32, 8, 6]
-    """
-    multiples = max(1, round(width * (1 - ratio) / round_to))
-    return min(width, multiples * round_to)
