@@ -5,10 +5,15 @@ from compress.data.cifar10 import CIFAR10
 from compress.data.digits import Digits
 from compress.data.fashion_mnist import FashionMNIST
 from compress.data.keyed import KeyedDataset, KeyedSampler, keyed_loader, keyed_uniform
+from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
+from compress.data.sst2 import SST2
+from compress.data.ucr import UCR
 from compress.data.wrapped import KeyedDataModule
 
 __all__ = [
     "CIFAR10",
+    "SST2",
+    "UCR",
     "ArrayDataModule",
     "Digits",
     "FashionMNIST",
@@ -17,6 +22,10 @@ __all__ = [
     "KeyedDataModule",
     "KeyedDataset",
     "KeyedSampler",
+    "SplitDataModule",
+    "TensorSplit",
+    "TensorSplits",
     "keyed_loader",
     "keyed_uniform",
+    "tensor_datasets",
 ]

@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from pytorch_lightning import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from compress.data.augment import flip_images, shift_images
-from compress.data.keyed import KeyedSampler, keyed_uniform, split_keys
-from compress.data.loader import ResumableLoader, Tensors
+from compress.data.keyed import keyed_uniform, split_keys
+from compress.data.loader import Tensors
+from compress.data.samples import SplitDataModule
 from compress.errors import DataError, RecipeError
 
 __all__ = ["ArrayDataModule", "ImageSplit", "ImageSplits"]
@@ -59,7 +58,7 @@ class ImageSplits:
     classes: Sequence[str]
 
 
-class ArrayDataModule(LightningDataModule):
+class ArrayDataModule(SplitDataModule):
     """Image classification from memory; a subclass says in ``load`` where the images come from.
 
     Batches are ``(x, y)``: x float32 of shape (N, C, H, W), normalised by ``preprocessing``; y int64 of shape (N,).
@@ -96,23 +95,13 @@ class ArrayDataModule(LightningDataModule):
         scale: float = 1 / 255,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise RecipeError(f"data.batch_size: expected a positive number, got {batch_size}. Use 128, say.")
+        super().__init__(batch_size=batch_size, seed=seed, num_workers=num_workers)
         if shift < 0:
             raise RecipeError(f"data.shift: expected 0 or more pixels, got {shift}. Use 0 for no shifts.")
-        if num_workers < 0:
-            raise RecipeError(f"data.num_workers: expected 0 or more, got {num_workers}. Use 0 for no processes.")
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-        self.seed = seed
         self.shift = shift
         self.flip = flip
-        self.labels: list[str] = []
-        self.preprocessing: dict[str, Any] = {}
         self.input_shape: tuple[int, ...] = ()
         self._scale = scale
-        self._splits: dict[str, _Images] = {}
 
     @abstractmethod
     def load(self) -> ImageSplits:
@@ -122,18 +111,11 @@ class ArrayDataModule(LightningDataModule):
             DataError: when they are missing or malformed; the message says what to do.
         """
 
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return len(self.labels)
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the images, once."""
-        if self._splits:
-            return
+    def datasets(self) -> dict[str, Tensors]:
+        """Return the three splits; training images are augmented."""
         source = self.load()
         mean, std = _moments(source.train.images, self._scale)
-        splits = {
+        splits: dict[str, Tensors] = {
             name: _Images(getattr(source, name), scale=self._scale, mean=mean, std=std) for name in ("val", "test")
         }
         splits["train"] = _Augmented(
@@ -142,34 +124,13 @@ class ArrayDataModule(LightningDataModule):
         self.labels = list(source.classes)
         self.preprocessing = {"scale": self._scale, "mean": mean, "std": std, "layout": "NCHW"}
         self.input_shape = tuple(splits["train"].tensors[0].shape[1:])
-        self._splits = splits
-
-    def train_dataloader(self) -> DataLoader:
-        """Return a loader of the training images, shuffled and augmented anew in each epoch."""
-        self.setup()
-        images = self._splits["train"]
-        sampler = KeyedSampler(len(images), shuffle=True, seed=self.seed)
-        return ResumableLoader(
-            images, batch_size=self.batch_size, sampler=sampler, seed=self.seed, num_workers=self.num_workers
-        )
-
-    def val_dataloader(self) -> DataLoader:
-        """Return a loader of the validation images, always in the same order."""
-        return self._in_order("val")
-
-    def test_dataloader(self) -> DataLoader:
-        """Return a loader of the test images, always in the same order."""
-        return self._in_order("test")
+        return splits
 
     def held_out(self, num: int) -> Tensor:
         """Return the first ``num`` validation inputs (all, when there are fewer), shape (num, C, H, W)."""
         self.setup()
         split = self._splits["val"]
         return split.__getitems__(list(range(min(num, len(split)))))[0]
-
-    def _in_order(self, name: str) -> DataLoader:
-        self.setup()
-        return ResumableLoader(self._splits[name], batch_size=self.batch_size)
 
 
 class _Images(Tensors):

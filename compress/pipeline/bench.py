@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.distill import FileTeacher
+from compress.distill import FileTeacher, read_batch
 from compress.measure.cost import macs, num_bytes, num_params
 from compress.measure.latency import measure_latency
 from compress.measure.memory import peak_memory, peak_memory_of
@@ -35,12 +35,12 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     networks = {stage: run.network(stage)[0] for stage in run.stages()}
     served = load(run.artifact)
     engines = {name: load(run.artifact, engine=name) for name in served.manifest.targets}
-    sample = run.held_out[:1]
+    sample = _first(run, 1)
     results: dict[str, dict[str, Any]] = {}
     for stage, network in networks.items():
         results[stage] = {
             **_cost(network, sample),
-            "peak_memory": None if isinstance(network, Captured) else peak_memory_of(network, (sample,)),
+            "peak_memory": None if isinstance(network, Captured) else peak_memory_of(network, sample),
             "latency": [],
         }
     file = served.manifest.targets[served.engine]
@@ -55,29 +55,33 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     }
     plain = {stage: network for stage, network in networks.items() if not isinstance(network, Captured)}
     for batch in BATCH_SIZES:
-        for row in _latencies(plain, engines, run.held_out[:batch], seconds):
+        for row in _latencies(plain, engines, _first(run, batch), seconds):
             stage = row.pop("stage")
             results[stage]["latency"].append({"batch": batch, **row})
     results["artifact"]["latency"].sort(key=lambda row: (row["engine"] != served.engine, row["batch"]))
     run.write_json("bench", results)
 
 
-def _cost(network: nn.Module, sample: Tensor) -> dict[str, int | None]:
+def _first(run: RunDirectory, num: int) -> tuple[Tensor, ...]:
+    return tuple(tensor[:num] for tensor in run.held_out)
+
+
+def _cost(network: nn.Module, sample: Sequence[Tensor]) -> dict[str, int | None]:
     files = [module for module in network.modules() if isinstance(module, FileTeacher)]
     if files:  # what is in them, nobody can count
         return {"num_params": None, "macs": None, "bytes": sum(file.num_bytes for file in files)}
-    return {"num_params": num_params(network), "macs": macs(network, (sample,)), "bytes": num_bytes(network)}
+    return {"num_params": num_params(network), "macs": macs(network, sample), "bytes": num_bytes(network)}
 
 
 def _latencies(
-    networks: dict[str, nn.Module], engines: dict[str, CompactModel], inputs: Tensor, seconds: float
+    networks: dict[str, nn.Module], engines: dict[str, CompactModel], inputs: Sequence[Tensor], seconds: float
 ) -> list[dict[str, Any]]:
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for stage, network in networks.items():
         calls[stage, getattr(network, "engine", "eager")] = _eager(network, inputs)
-    array = inputs.numpy()
+    arrays = [tensor.numpy() for tensor in inputs]
     for name, model in engines.items():
-        calls["artifact", name] = _engine(model, inputs if name != "onnxruntime" else array)
+        calls["artifact", name] = _engine(model, inputs if name != "onnxruntime" else arrays)
     measured = measure_latency({"/".join(key): call for key, call in calls.items()}, seconds=seconds, progress=True)
     return [
         {
@@ -91,22 +95,23 @@ def _latencies(
     ]
 
 
-def _eager(network: nn.Module, inputs: Tensor) -> Callable[[], object]:
+def _eager(network: nn.Module, inputs: Sequence[Tensor]) -> Callable[[], object]:
     def call() -> object:
         with torch.no_grad():
-            return network(inputs)
+            return network(*inputs)
 
     return call
 
 
-def _engine(model: CompactModel, inputs: Any) -> Callable[[], object]:
-    return lambda: model(inputs)
+def _engine(model: CompactModel, inputs: Sequence[Any]) -> Callable[[], object]:
+    return lambda: model(*inputs)
 
 
 def _test_served(run: RunDirectory, model: CompactModel) -> dict[str, float]:
     data = run.recipe.data
     data.setup("test")
     metrics = run.recipe.task.metrics("")
-    for inputs, targets in data.test_dataloader():
-        metrics.update(model(inputs), targets)
+    for batch in data.test_dataloader():
+        given = read_batch(batch)
+        metrics.update(model(*given.inputs), given.targets)
     return {name: float(value) for name, value in metrics.compute().items()}

@@ -23,7 +23,7 @@ def export(run: RunDirectory) -> None:
     run.console.rule("[bold]export[/]")
     network, history = run.network("final")
     settings, data = run.recipe.export, run.recipe.data
-    inputs = (run.held_out,)
+    inputs = run.held_out
     scheme = next((edit.data["scheme"] for edit in history if edit.kind == "quantize"), None)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
     fresh = run.path / "artifact.new"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.data import KeyedDataModule
-from compress.distill import Distiller
+from compress.distill import Distiller, read_batch
 from compress.errors import CompressError, DataError, RecipeError
 from compress.quantize import prepare
 from compress.recipe import Recipe
@@ -29,9 +31,7 @@ def preflight(recipe: Recipe) -> None:
     recipe.data.prepare_data()
     recipe.data.setup("fit")
     batch = next(iter(recipe.data.val_dataloader()))
-    if not (isinstance(batch, list | tuple) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)):
-        raise DataError("data: expected batches (inputs, targets) of tensors, got others. Return such pairs.")
-    inputs, targets = batch[0][:2], batch[1][:2]
+    inputs, targets = _two_samples(batch)
     if recipe.teacher is not None:
         if recipe.teacher.cache:
             KeyedDataModule(recipe.data, seed=recipe.seed).train_dataloader()
@@ -46,14 +46,25 @@ def preflight(recipe: Recipe) -> None:
         _try_losses(recipe, inputs, targets)
     student = copy.deepcopy(recipe.student)
     if recipe.prune is not None:
-        recipe.prune.rehearse(student, (inputs,))
+        recipe.prune.rehearse(student, inputs)
     if recipe.sparsify is not None:
         recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
-        prepare(student, (inputs,), recipe.quantize.scheme, keep=recipe.quantize.keep)
+        prepare(student, inputs, recipe.quantize.scheme, keep=recipe.quantize.keep)
 
 
-def _try_losses(recipe: Recipe, inputs: Tensor, targets: Tensor) -> None:
+def _two_samples(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the first two samples of a batch: inputs, by position, and targets."""
+    given = read_batch(batch) if isinstance(batch, list | tuple) and len(batch) == 2 else None
+    if given is None or given.named or not all(isinstance(part, Tensor) for part in (*given.inputs, given.targets)):
+        raise DataError(
+            "data: expected batches (inputs, targets) of tensors, got others. Return such pairs; several inputs are a "
+            "tuple, in the order of the network's arguments."
+        )
+    return tuple(tensor[:2] for tensor in given.inputs), given.targets[:2]
+
+
+def _try_losses(recipe: Recipe, inputs: Sequence[Tensor], targets: Tensor) -> None:
     """Compute every loss once, on copies: layers that do not exist and shapes that do not fit show here."""
     assert recipe.teacher is not None
     module = Distiller(
@@ -64,7 +75,7 @@ def _try_losses(recipe: Recipe, inputs: Tensor, targets: Tensor) -> None:
         losses=copy.deepcopy(recipe.distill.losses),
         task_weight=recipe.distill.task_weight,
     )
-    keys = torch.tensor([[number, 0] for number in range(len(inputs))])
+    keys = torch.tensor([[number, 0] for number in range(len(targets))])
     with torch.random.fork_rng(devices=[]):
         try:
             module.prepare(lambda: (inputs, targets, keys))
@@ -94,15 +105,15 @@ def load_weights(model: nn.Module, path: Path) -> None:
         ) from error
 
 
-def _try(recipe: Recipe, key: str, network: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+def _try(recipe: Recipe, key: str, network: nn.Module, inputs: Sequence[Tensor], targets: Tensor) -> None:
     try:
         with torch.no_grad():
-            outputs = copy.deepcopy(network).eval()(inputs)
+            outputs = copy.deepcopy(network).eval()(*inputs)
             recipe.task.loss(outputs, targets)
             recipe.task.metrics("").update(outputs, targets)
     except Exception as error:  # whatever the network or the task says to inputs that do not fit
-        shape = ", ".join(["N", *map(str, inputs.shape[1:])])
+        shapes = " and ".join(f"({', '.join(['N', *map(str, tensor.shape[1:])])})" for tensor in inputs)
         raise DataError(
-            f"{key}: expected a network that takes inputs of shape ({shape}) and fits the task, "
+            f"{key}: expected a network that takes inputs of shape {shapes} and fits the task, "
             f"got {type(error).__name__}: {' '.join(str(error).split())[:300]}. Change {key}.init_args or data."
         ) from error

@@ -18,6 +18,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from torch import Tensor, nn
 
+from compress.distill import read_batch
 from compress.errors import RunError
 from compress.pipeline.preflight import preflight
 from compress.prune import replay_prune
@@ -115,18 +116,17 @@ class RunDirectory:
         return self.recipe.student
 
     @cached_property
-    def held_out(self) -> Tensor:
-        """Validation inputs, the first of the validation loader, shape (n, ...)."""
-        data = self.recipe.data
+    def held_out(self) -> tuple[Tensor, ...]:
+        """Validation inputs, the first of the validation loader, shape (n, ...) each."""
+        data, wanted = self.recipe.data, self.recipe.export.num_held_out
         data.prepare_data()
         data.setup("fit")
-        loader = data.val_dataloader()
-        batches: list[Tensor] = []
-        for batch in loader:
-            batches.append(batch[0])
-            if sum(map(len, batches)) >= self.recipe.export.num_held_out:
+        batches: list[tuple[Tensor, ...]] = []
+        for batch in data.val_dataloader():
+            batches.append(read_batch(batch).inputs)
+            if sum(len(inputs[0]) for inputs in batches) >= wanted:
                 break
-        return torch.cat(batches)[: self.recipe.export.num_held_out]
+        return tuple(torch.cat(tensors)[:wanted] for tensors in zip(*batches))
 
     @cached_property
     def deployed(self) -> nn.Module:

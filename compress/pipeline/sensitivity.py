@@ -189,7 +189,11 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Return the scores of all units; what a criterion needs besides weights comes from the validation split."""
     if CRITERIA[criterion].needs == "activations":
-        return score_groups(anatomy, criterion, activations=measure_activations(anatomy, [(run.held_out.to(device),)]))
+        return score_groups(
+            anatomy,
+            criterion,
+            activations=measure_activations(anatomy, [tuple(tensor.to(device) for tensor in run.held_out)]),
+        )
     gradients = Gradients()
     if CRITERIA[criterion].needs == "gradients":
         for batch in batches:

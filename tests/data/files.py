@@ -1,4 +1,4 @@
-"""Small files in the form of Fashion-MNIST and of CIFAR-10."""
+"""Small files in the form of the data sets that we read."""
 
 from __future__ import annotations
 
@@ -42,3 +42,24 @@ def write_cifar10(folder: Path, *, num_train: int = 60, num_test: int = 20, imag
         datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{name}.parquet")
         written[name] = (images, labels)
     return written
+
+
+def write_ucr(folder: Path, name: str = "ECG5000", *, num_train: int = 20, num_test: int = 12, length: int = 9) -> Any:
+    """Write both ``.tsv`` files with random series of two classes, 1 and 3; return series and labels, by part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    written = {}
+    for part, num in (("TRAIN", num_train), ("TEST", num_test)):
+        series, labels = generator.standard_normal((num, length)) * 5 + 2, 1 + 2 * (np.arange(num) % 2)
+        rows = ["\t".join(map(str, [label, *values])) for label, values in zip(labels, series.tolist())]
+        (folder / f"{name}_{part}.tsv").write_text("\n".join(rows) + "\n")
+        written[part] = (series, labels)
+    return written
+
+
+def write_sst2(folder: Path, *, num_train: int = 10, num_dev: int = 6, num_test: int = 4) -> None:
+    """Write three files with sentences that say which file and line they are from."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, num in (("train", num_train), ("dev", num_dev), ("test", num_test)):
+        lines = [f"{name} {'good ' * (i % 3)}{i}\t{i % 2}" for i in range(num)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
