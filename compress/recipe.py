@@ -114,6 +114,8 @@ class Recipe:
         data: A LightningDataModule with train, validation and test loaders that give ``(inputs, targets)``.
         task: The loss against labels and the metrics.
         optimizer: Makes an optimiser from parameters.
+        student_checkpoint: File with the weights that the student starts from, e.g. another run's
+            ``checkpoints/final.pt``; its own without one.
         scheduler: A learning-rate schedule.
         teacher: The network to learn from; without one the student learns from labels alone.
         distill: How it is taught.
@@ -132,6 +134,7 @@ class Recipe:
     data: LightningDataModule
     task: Task
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer]
+    student_checkpoint: str | None = None
     scheduler: LearningRateSchedule | Callable[[Optimizer], LRScheduler] | None = None
     teacher: Teacher | None = None
     distill: Distill = field(default_factory=Distill)
@@ -215,6 +218,9 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="the recipe file")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parser.add_argument("--student", type=nn.Module, required=True, help="the network to compress")
+    parser.add_argument(
+        "--student_checkpoint", type=str | None, default=None, help="weights that the student starts from"
+    )
     parser.add_argument("--teacher", type=Teacher | None, default=None, help="the network to learn from")
     parser.add_argument("--data", type=LightningDataModule, required=True, help="the data module")
     parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")

@@ -39,17 +39,29 @@ def named(node: Any, key: str) -> set[str]:
     return set().union(*(named(value, key) for value in node)) if isinstance(node, list) else set()
 
 
+def small_bert(folder: Path) -> str:
+    """Write a checkpoint of Hugging Face, in place of one from the hub."""
+    import transformers
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    transformers.BertModel(transformers.BertConfig(vocab_size=20, **sizes)).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_shipped_recipe_is_read_and_built(path: Path) -> None:
-    parsed = parse_recipe(path)
-    for library in sorted(named(yaml.safe_load(path.read_text()), "constructor") - {"torch"}):
+def test_every_shipped_recipe_is_read_and_built(path: Path, tmp_path: Path) -> None:
+    text, words = path.read_text(), []
+    if "from_pretrained" in text and find_spec("transformers") is not None:
+        words = ["--student.init_args.arguments.pretrained_model_name_or_path", small_bert(tmp_path)]
+    parsed = parse_recipe(path, words)
+    for library in sorted(named(yaml.safe_load(text), "constructor") - {"torch"}):
         if find_spec(library) is None:
             pytest.skip(f"{library} is not installed: pip install 'compress[zoo]'; the recipe was read, not built")
     recipe = build_recipe(*parsed, name=path.stem)
     assert isinstance(recipe.student, nn.Module)
-    assert recipe.teacher is not None or recipe.prune is not None
-    assert path.read_text().startswith("# ")
-    assert shipped_recipes()[path.stem].read_text() == path.read_text()
+    assert recipe.teacher is not None or recipe.prune is not None or recipe.quantize is not None
+    assert text.startswith("# ")
+    assert shipped_recipes()[path.stem].read_text() == text
     optimizer = recipe.optimizer(recipe.student.parameters())
     assert isinstance(optimizer, torch.optim.Optimizer)
 
@@ -112,7 +124,7 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
         (["--sparsify.ratio", "1.5"], r"sparsify\.ratio: expected a value in \[0, 1\), got 1\.5"),
         (["--sparsify.end", "0.8"], r"quantize\.start: expected a value after sparsify\.end \(0\.8\), got 0\.75"),
         (["--sparsify.attribute", "backbone"], r"sparsify\.attribute: expected 'student', got 'backbone'"),
-        (["--quantize.scheme", "int3"], r"quantize\.scheme: expected one of int8, got 'int3'"),
+        (["--quantize.scheme", "int3"], r"quantize\.scheme: expected one of int8.*, got 'int3'"),
         (["--export.targets", "[aoti, tflite]"], r"export\.targets: expected names among .*, got tflite"),
         (["--export.min_top1_agreement", "98"], r"export\.min_top1_agreement: expected a value in \[0, 1\], got 98"),
         (["--data.init_args.batch_size", "0"], r"data\.batch_size"),
@@ -234,5 +246,5 @@ def test_files_as_teachers_and_several_tasks(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(RecipeError, match="digits, fashion_mnist"):
+    with pytest.raises(RecipeError, match="digits, .*fashion_mnist"):
         find_recipe("digit")

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from torch import nn
 
+from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
 from compress.pipeline.teaching import Teaching, teaching
 from compress.pipeline.training import keep, train
@@ -35,7 +37,7 @@ def fit(run: RunDirectory) -> None:
         module = train(
             run,
             "student",
-            copy.deepcopy(recipe.student),
+            _student(run),
             max_epochs=epochs,
             teacher=taught.teacher,
             losses=[loss for loss in losses if taught.teacher is not None or not loss.needs_teacher],
@@ -50,7 +52,7 @@ def fit_baseline(run: RunDirectory) -> None:
     """Train the student alone, where a run directory does not have it yet."""
     if not run.snapshot("baseline").exists():
         epochs = run.recipe.trainer.get("max_epochs")
-        module = train(run, "baseline", copy.deepcopy(run.recipe.student), max_epochs=epochs)
+        module = train(run, "baseline", _student(run), max_epochs=epochs)
         keep(run, "baseline", module)
 
 
@@ -75,6 +77,14 @@ class StageSnapshots(Callback):
         # What is there is the same, from before a stop, or from before units were held at zero.
         if trainer.is_global_zero and not path.exists():
             save_snapshot(path, pl_module.student, history_of(pl_module))  # type: ignore[arg-type]
+
+
+def _student(run: RunDirectory) -> nn.Module:
+    """Return the student as it is before training."""
+    student = copy.deepcopy(run.recipe.student)
+    if run.recipe.student_checkpoint is not None:
+        load_weights(student, run.recipe.student_checkpoint, key="student_checkpoint")
+    return student
 
 
 def _loggers(run: RunDirectory) -> list[Any]:

@@ -37,10 +37,12 @@ def preflight(recipe: Recipe) -> None:
             KeyedDataModule(recipe.data, seed=recipe.seed).train_dataloader()
         if isinstance(recipe.teacher.model, nn.Module):
             if recipe.teacher.checkpoint is not None:
-                load_weights(recipe.teacher.model, Path(recipe.teacher.checkpoint))
+                load_weights(recipe.teacher.model, recipe.teacher.checkpoint, key="teacher.checkpoint")
             _try(recipe, "teacher.model", recipe.teacher.model, inputs, targets)
         for number, assistant in enumerate(recipe.teacher.assistants):
             _try(recipe, f"teacher.assistants[{number}]", assistant, inputs, targets)
+    if recipe.student_checkpoint is not None:
+        load_weights(copy.deepcopy(recipe.student), recipe.student_checkpoint, key="student_checkpoint")
     _try(recipe, "student", recipe.student, inputs, targets)
     if recipe.teacher is not None:
         _try_losses(recipe, inputs, targets)
@@ -89,8 +91,13 @@ def _try_losses(recipe: Recipe, inputs: Sequence[Tensor], targets: Tensor) -> No
             ) from error
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: str | Path, *, key: str) -> None:
     """Load a state_dict, or a checkpoint that holds one under ``state_dict``, with ``weights_only=True``.
+
+    Args:
+        model: Gets the weights.
+        path: The file.
+        key: Of the recipe, for the error.
 
     Raises:
         RecipeError: when the file is missing, of another kind, or of another network.
@@ -100,7 +107,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         model.load_state_dict(state.get("state_dict", state))
     except Exception as error:  # a missing file, a foreign format or other weights
         raise RecipeError(
-            f"teacher.checkpoint: expected weights of {type(model).__name__} in {path}, got {type(error).__name__}: "
+            f"{key}: expected weights of {type(model).__name__} in {path}, got {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}. Give a state_dict saved with torch.save."
         ) from error
 

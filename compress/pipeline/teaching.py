@@ -82,7 +82,7 @@ def _network(run: RunDirectory) -> nn.Module:
     finished = spec.max_epochs == 0 or not any(True for _ in spec.model.parameters())
     if not kept.exists() and (spec.checkpoint is not None or finished):
         if spec.checkpoint is not None:
-            load_weights(spec.model, Path(spec.checkpoint))
+            load_weights(spec.model, spec.checkpoint, key="teacher.checkpoint")
         save_snapshot(kept, spec.model, History())
     key = _key(run)
     shared = cache_folder() / "teachers" / f"{key}.pt" if key else None
