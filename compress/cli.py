@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         ("bench", "measure a run's stages, or an artefact's engines, on this machine"),
         ("report", "write a run's report.json and report.html and print the table"),
     ]:
-        entry = command(name, _step, text, epilog="Keys of the recipe can follow by their dotted names.")
+        more = " --trust lets an artefact that was built elsewhere run its code." if name == "bench" else ""
+        entry = command(name, _step, text, epilog=f"Keys of the recipe can follow by their dotted names.{more}")
         entry.add_argument("path", metavar="RUN_DIR" if name != "bench" else "RUN_DIR|ARTIFACT")
         entry.set_defaults(step=name)
     entry = command(
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("inputs", metavar="INPUTS.npy", help="array of raw inputs, one a row")
     entry.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
     entry.add_argument("--output", metavar="FILE", help="write JSON there instead of a table here")
+    entry.add_argument("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
     command("recipes", _recipes, "list the shipped recipes")
     return parser
 
@@ -214,9 +216,9 @@ def _step(options: argparse.Namespace, rest: list[str], console: Console) -> Non
 def _bench_artifact(path: str, rest: list[str], console: Console) -> None:
     from compress.runtime import load
 
-    if rest:
+    if set(rest) - {"--trust"}:
         raise RecipeError(f"bench: expected no more words after an artefact, got {' '.join(rest)}. Leave them out.")
-    served = load(path)
+    served = load(path, trust="--trust" in rest)
     table = Table(title=f"{path} (served: {served.engine})")
     for column in ("engine", "batch", "threads", "p50 ms", "p95 ms"):
         table.add_column(column, justify="right")
@@ -235,7 +237,8 @@ def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> 
     if rest:
         raise RecipeError(f"predict: expected no more words, got {' '.join(rest)}. See 'compress predict --help'.")
     folder = Path(options.path)
-    model = load(folder / "artifact" if (folder / "artifact").is_dir() else folder, engine=options.engine)
+    path = folder / "artifact" if (folder / "artifact").is_dir() else folder
+    model = load(path, engine=options.engine, trust=options.trust)
     try:
         inputs = np.load(options.inputs, allow_pickle=False)
     except (OSError, ValueError) as error:

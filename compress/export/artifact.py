@@ -27,6 +27,7 @@ from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.engines import make_engine
 from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest, sha256
+from compress.runtime.trust import sign
 
 __all__ = ["export_artifact"]
 
@@ -86,6 +87,7 @@ def export_artifact(
             skipped=skipped,
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+        sign(temporary)
         temporary.chmod(0o755)
         os.replace(temporary, directory)
     finally:

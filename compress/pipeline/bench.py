@@ -34,7 +34,7 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     run.console.rule("[bold]bench[/]")
     networks = {stage: run.network(stage)[0] for stage in run.stages()}
     served = load(run.artifact)
-    engines = {name: load(run.artifact, engine=name) for name in served.manifest.targets}
+    engines = {name: load(run.artifact, engine=name) for name in served.engines}
     sample = _first(run, 1)
     results: dict[str, dict[str, Any]] = {}
     for stage, network in networks.items():

@@ -12,20 +12,27 @@ from pathlib import Path
 from compress.errors import ArtifactError, CompressError
 from compress.measure.latency import measure_latency
 from compress.measure.machine import describe_machine
-from compress.runtime.engines import ENGINES, Engine, make_engine, missing_package
+from compress.runtime.engines import ENGINES, Engine, make_engine, missing_package, runs_code
 from compress.runtime.manifest import Manifest, check_file, read_manifest
 from compress.runtime.model import CompactModel, example_call
 from compress.runtime.requirements import why_not
+from compress.runtime.trust import is_ours
 
 __all__ = ["load", "load_and_call"]
 
 
 def load(
-    path: str | Path, device: str = "auto", *, engine: str = "auto", num_threads: int | None = None
+    path: str | Path,
+    device: str = "auto",
+    *,
+    engine: str = "auto",
+    num_threads: int | None = None,
+    trust: bool = False,
 ) -> CompactModel:
-    """Load an artefact.
+    """Load an artefact whose every file is the one that was exported, by SHA-256.
 
-    Files are native code or pickles: load artefacts from trusted sources only. Each file's SHA-256 is checked.
+    Engines whose files may run code when they are loaded (``eager``: pickles, ``aoti``: native code) serve only an
+    artefact that was built on this machine, unless it is trusted.
 
     Args:
         path: The artefact's directory.
@@ -33,6 +40,7 @@ def load(
         engine: A name, or ``"auto"``: the engines that can run here are measured once, interleaved, and the fastest
             at batch 1 serves; the choice is remembered for this machine and artefact.
         num_threads: Threads of one call; for torch's engines this sets the number for the whole process.
+        trust: Let files run code though the artefact was built elsewhere: you know who made it.
 
     Raises:
         ArtifactError: when the artefact is damaged, or has no engine that can run here.
@@ -43,16 +51,18 @@ def load(
     if num_threads is not None and num_threads < 1:
         raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
     manifest = read_manifest(directory)
+    trusted = is_ours(directory) or trust
+    files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
     if engine != "auto" and engine not in manifest.targets:
         raise ArtifactError(
             f"engine: expected one of {', '.join(manifest.targets)}, got {engine!r}. Use 'auto', or export that target."
         )
 
     def make(name: str) -> Engine:
-        return make_engine(name, check_file(directory, manifest.targets[name]), num_threads=num_threads)
+        return make_engine(name, files[name], num_threads=num_threads)
 
     wanted = list(manifest.targets) if engine == "auto" else [engine]
-    reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest))}
+    reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
     memory = _Memory(directory, able, num_threads)
     remembered = [name for name in able if len(able) > 1 and name == memory.read()]
@@ -61,7 +71,7 @@ def load(
     if not loaded:
         raise ArtifactError(
             f"{manifest.name}: expected an engine that runs here, got none ({why}). "
-            "Export on this machine, or install an engine."
+            "Export on this machine, install an engine, or say trust=True if you know who made the artefact."
         )
     if reasons:
         warnings.warn(f"left out on this machine: {why}; served by: {', '.join(loaded)}", stacklevel=2)
@@ -77,12 +87,17 @@ def load_and_call(path: str, engine: str) -> Callable[[], object]:
     """Load one engine of an artefact and return a call that runs a batch of one."""
     directory = Path(path)
     manifest = read_manifest(directory)
+    reason = _why_not(engine, manifest, trusted=is_ours(directory))
+    if reason:
+        raise ArtifactError(f"{engine}: expected an engine that runs here, got none ({reason}). Name another.")
     return example_call(make_engine(engine, check_file(directory, manifest.targets[engine])), manifest, 1)
 
 
-def _why_not(name: str, manifest: Manifest) -> str | None:
+def _why_not(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
     if name not in ENGINES:
         return "this version does not know it"
+    if runs_code(name) and not trusted:
+        return "its file may run code, and the artefact was not built on this machine: say trust=True if you trust it"
     package = missing_package(name)
     if package:
         return f"{package} is not installed"

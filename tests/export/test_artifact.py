@@ -11,6 +11,7 @@ from compress.errors import ExportError
 from compress.export import Gates, export_artifact
 from compress.export.targets import ExportSkippedError, aoti, eager, onnxruntime
 from compress.runtime.manifest import check_file, read_manifest
+from compress.runtime.trust import SIGNATURE
 from tests.export.programs import LABELS, PREPROCESSING, artifact, floating, quantized
 
 
@@ -49,7 +50,7 @@ def test_the_manifest_says_what_there_is() -> None:
 
 def test_the_directory_holds_the_manifest_and_the_targets_only() -> None:
     names = {entry.name for entry in artifact().iterdir()}
-    assert names == {"manifest.json", eager.FILE, aoti.FILE, onnxruntime.FILE}
+    assert names == {"manifest.json", SIGNATURE, eager.FILE, aoti.FILE, onnxruntime.FILE}
     assert [entry.name for entry in artifact().parent.iterdir()] == ["small"]
 
 

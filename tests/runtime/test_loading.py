@@ -13,6 +13,7 @@ from compress.errors import ArtifactError
 from compress.runtime import load, loading, requirements
 from compress.runtime.engines import ENGINES
 from compress.runtime.loading import load_and_call
+from compress.runtime.trust import sign
 from tests.export.programs import artifact, quantized
 
 
@@ -53,6 +54,7 @@ def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
+    sign(directory)
 
 
 def test_the_fastest_engine_serves_and_is_remembered(timed: list[set[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,7 @@ HIDE_TORCH = "import sys; sys.modules['torch'] = None\n"
 def run(code: str, tmp_path: Path, *arguments: str) -> str:
     command = [sys.executable, "-W", "always", "-c", code, *arguments]
     environment = {"PATH": "/usr/bin:/bin", "COMPRESS_CACHE": str(tmp_path), "HOME": str(tmp_path)}
+    environment["COMPRESS_KEY"] = os.environ["COMPRESS_KEY"]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment, check=False)
     assert done.returncode == 0, done.stderr

@@ -216,18 +216,20 @@ class ArtifactTeacher(FileTeacher):
         path: Its directory.
         engine: Name of an engine, or ``"auto"``.
         gives: ``"logits"`` or ``"probabilities"``.
+        trust: Whether an artefact that was built elsewhere may run its code.
 
     Raises:
         RecipeError: when there is no such directory.
     """
 
-    def __init__(self, path: str, engine: str = "auto", gives: str = "logits") -> None:
+    def __init__(self, path: str, engine: str = "auto", gives: str = "logits", trust: bool = False) -> None:
         super().__init__(path, gives)
         self.engine = engine
+        self.trust = trust
 
     def open(self) -> Call:
         """Load the artefact."""
-        return load(self.path, engine=self.engine)
+        return load(self.path, engine=self.engine, trust=self.trust)
 
     def extra_repr(self) -> str:
         """Return the path and the engine."""

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ENGINES", "Engine", "make_engine", "missing_package"]
+__all__ = ["ENGINES", "Engine", "make_engine", "missing_package", "runs_code"]
 
 ENGINES = {
     "eager": "compress.runtime.engines.eager",
@@ -16,7 +16,7 @@ ENGINES = {
     "onnxruntime": "compress.runtime.engines.onnxruntime",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
-the installed ``PACKAGE``."""
+the installed ``PACKAGE``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""
 
 
 class Engine(Protocol):
@@ -48,6 +48,11 @@ def make_engine(name: str, path: Path, *, num_threads: int | None = None) -> Eng
         MissingPackageError: when the engine's library is not installed.
     """
     return import_module(ENGINES[name]).make(path, num_threads)
+
+
+def runs_code(name: str) -> bool:
+    """Say whether loading an engine's file may run code that is in it."""
+    return bool(import_module(ENGINES[name]).RUNS_CODE)
 
 
 def missing_package(name: str) -> str | None:

@@ -11,6 +11,7 @@ from compress.errors import MissingPackageError
 __all__ = ["PACKAGE", "AOTIEngine", "make"]
 
 PACKAGE = "torch"
+RUNS_CODE = True
 
 
 class AOTIEngine:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["PACKAGE", "EagerEngine", "fold_constants", "make"]
 
 PACKAGE = "torch"
+RUNS_CODE = True
 
 
 class EagerEngine:

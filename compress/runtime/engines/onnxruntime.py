@@ -13,6 +13,7 @@ from compress.runtime.manifest import TensorSpec
 __all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
 
 PACKAGE = "onnxruntime"
+RUNS_CODE = False
 
 _VNNI = {"avx512_vnni", "avx_vnni"}
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as numpy names them

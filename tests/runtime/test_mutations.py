@@ -1,0 +1,126 @@
+"""A thousand damaged artefacts: each a clean error or the right answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.errors import ArtifactError
+from compress.runtime import load
+from compress.runtime.trust import SIGNATURE
+from tests.export.programs import artifact, quantized
+
+_VALUES: list[Any] = [None, "", "x", -1, 0, 1, 10**30, 1.5, float("nan"), [], {}, [None], True, "../../etc/passwd"]
+
+
+def flip(folder: Path, draw: random.Random) -> None:
+    file = _any(folder, draw)
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def truncate(folder: Path, draw: random.Random) -> None:
+    file = _any(folder, draw)
+    content = file.read_bytes()
+    file.write_bytes(content[: draw.randrange(len(content))])
+
+
+def append(folder: Path, draw: random.Random) -> None:
+    file = _any(folder, draw)
+    file.write_bytes(file.read_bytes() + draw.randbytes(1 + draw.randrange(20)))
+
+
+def swap(folder: Path, draw: random.Random) -> None:
+    one, other = draw.sample(sorted(folder.iterdir()), 2)
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+
+
+def remove(folder: Path, draw: random.Random) -> None:
+    _any(folder, draw).unlink()
+
+
+def change(folder: Path, draw: random.Random) -> None:
+    """Change a value of the manifest; half of the time by somebody who mends its checksum, too."""
+    content = json.loads((folder / "manifest.json").read_text())
+    holder, key = draw.choice(list(_places(content)))
+    value = draw.choice([*_VALUES, _DELETE])
+    if value is _DELETE:
+        del holder[key]
+    else:
+        holder[key] = value
+    text = json.dumps(content)
+    (folder / "manifest.json").write_text(text)
+    if draw.random() < 0.5:
+        signature = json.loads((folder / SIGNATURE).read_text())
+        signature["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        (folder / SIGNATURE).write_text(json.dumps(signature))
+
+
+def escape(folder: Path, draw: random.Random) -> None:
+    """Let a target's file lie outside, with all checksums right."""
+    content = json.loads((folder / "manifest.json").read_text())
+    target = content["targets"][draw.choice(list(content["targets"]))]
+    outside = folder.parent / "outside"
+    shutil.copy(folder / target["file"], outside)
+    link = folder / "link"
+    link.symlink_to(outside)
+    target["file"] = draw.choice(["../outside", str(outside), "./../outside", "link"])
+    text = json.dumps(content)
+    (folder / "manifest.json").write_text(text)
+    signature = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "hmac_sha256": None}
+    (folder / SIGNATURE).write_text(json.dumps(signature))
+
+
+_DELETE = object()
+_MUTATIONS: list[Callable[[Path, random.Random], None]] = [flip, truncate, append, swap, remove, change, change, escape]
+
+
+def _any(folder: Path, draw: random.Random) -> Path:
+    return draw.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
+
+
+def _places(content: Any) -> Any:
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in items:
+        yield content, key
+        yield from _places(value)
+
+
+def test_a_thousand_mutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+    inputs = quantized().inputs.numpy()[:5]
+    right = {engine: load(artifact(), engine=engine)(inputs) for engine in ("eager", "aoti", "onnxruntime")}
+    refused: dict[str, int] = {}
+    folder = tmp_path / "copy"
+    for number in range(1000):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(artifact(), folder)
+        draw = random.Random(number)
+        mutation = _MUTATIONS[number % len(_MUTATIONS)]
+        mutation(folder, draw)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                model = load(folder, engine="onnxruntime" if number % 3 else "auto")
+                outputs = model(inputs)
+        except ArtifactError:
+            refused[mutation.__name__] = refused.get(mutation.__name__, 0) + 1
+            continue
+        assert np.array_equal(outputs, right[model.engine]), (number, mutation.__name__)
+    # What a checksum covers is refused without exception; what somebody has signed off may be harmless.
+    for name in ("truncate", "remove", "escape"):
+        assert refused[name] == 125, (name, refused)
+    assert refused["flip"] >= 100, refused  # some hit a blank of the signature, or its case
+    assert refused["change"] >= 125, refused

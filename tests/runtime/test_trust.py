@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+
+from compress.errors import ArtifactError
+from compress.runtime import load
+from compress.runtime.loading import load_and_call
+from compress.runtime.trust import SIGNATURE, is_ours, sign
+from tests.export.programs import artifact, quantized
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifact(), tmp_path / "copy"))
+
+
+def test_a_copy_on_the_same_machine_is_ours(copy: Path) -> None:
+    assert is_ours(copy)
+    assert load(copy).engines == ("eager", "aoti", "onnxruntime")
+
+
+def test_from_elsewhere_only_files_without_code_serve(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "another"))
+    assert not is_ours(copy)
+    with pytest.warns(UserWarning, match=r"eager: its file may run code.*trust=True.*served by: onnxruntime"):
+        model = load(copy)
+    assert model.engines == ("onnxruntime",)
+    assert model(quantized().inputs).shape == (150, 3)
+    for engine in ("eager", "aoti"):
+        with pytest.raises(ArtifactError, match=rf"{engine}: its file may run code"):
+            load(copy, engine=engine)
+        with pytest.raises(ArtifactError, match="its file may run code"):
+            load_and_call(str(copy), engine)
+    assert load(copy, engine="aoti", trust=True).engine == "aoti"
+    assert load(copy, trust=True).engines == ("eager", "aoti", "onnxruntime")
+
+
+def test_a_key_is_made_once_for_its_owner_alone(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPRESS_KEY")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert not is_ours(copy)
+    assert not (tmp_path / "config").exists()  # looking makes no key
+    sign(copy)
+    key = tmp_path / "config" / "compress" / "key"
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert list(key.parent.iterdir()) == [key]
+    made = key.read_bytes()
+    sign(copy)
+    assert (key.read_bytes(), len(made)) == (made, 32)
+    assert is_ours(copy)
+
+
+def test_where_no_key_can_be_kept_an_artefact_is_from_elsewhere(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "file" / "key"))
+    sign(copy)
+    assert json.loads((copy / SIGNATURE).read_text())["hmac_sha256"] is None
+    assert not is_ours(copy)
+
+
+def test_a_manifest_that_was_changed_is_refused(copy: Path) -> None:
+    file = copy / "manifest.json"
+    file.write_text(file.read_text().replace("left", "lift"))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: expected the SHA-256 of signature\.json, got another"):
+        load(copy)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff", b'{"sha256": 3, "hmac_sha256": null}'])
+def test_a_damaged_signature_is_refused(copy: Path, content: bytes | None) -> None:
+    file = copy / SIGNATURE
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="Export again"):
+        load(copy)
+
+
+@pytest.mark.parametrize("made_by", ["", "0" * 64, "\u00e4", 5, None])
+def test_no_signature_but_the_right_one_is_ours(copy: Path, made_by: object) -> None:
+    file = copy / SIGNATURE
+    file.write_text(json.dumps({**json.loads(file.read_text()), "hmac_sha256": made_by}))
+    assert not is_ours(copy)
