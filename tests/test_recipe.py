@@ -246,5 +246,5 @@ def test_files_as_teachers_and_several_tasks(tmp_path: Path) -> None:
 
 
 def test_an_unknown_recipe_lists_the_shipped_ones() -> None:
-    with pytest.raises(RecipeError, match="digits, .*fashion_mnist"):
+    with pytest.raises(RecipeError, match=r"digits, .*fashion_mnist"):
         find_recipe("digit")

@@ -15,14 +15,18 @@ from compress.prune.allocation.targets import Target
 from compress.prune.allocation.work import list_work, volume
 from compress.prune.anatomy import Anatomy
 
-__all__ = ["Cost", "MacsCost", "StorageCost", "make_cost", "num_weight_bytes"]
+__all__ = ["Cost", "Estimator", "MacsCost", "StorageCost", "make_cost", "num_weight_bytes"]
 
 
-class Cost(Protocol):
-    """A currency."""
+class Estimator(Protocol):
+    """What says of widths alone what they cost."""
 
     def estimate(self, widths: Mapping[str, int]) -> float:
         """Return what the network would cost at some widths of its groups; those not named stay."""
+
+
+class Cost(Estimator, Protocol):
+    """A currency."""
 
     def measure(self, network: nn.Module, inputs: Sequence[Tensor]) -> float:
         """Return what a network costs."""

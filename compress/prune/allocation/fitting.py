@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from compress.errors import EditError
 from compress.prune.allocation.candidates import Candidate, Grid
-from compress.prune.allocation.costs import Cost, make_cost
+from compress.prune.allocation.costs import Cost, Estimator, make_cost
 from compress.prune.allocation.families import bracket, widths_at
 from compress.prune.allocation.targets import Target
 from compress.prune.anatomy import Anatomy
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 _ROUNDS = 5
 _NOISE = 0.005
 _FEW = 16
+_NUM_CLIFFS = 3
 
 _Widths = tuple[tuple[str, int], ...]
 
@@ -72,7 +73,8 @@ def fit_to_target(
     Widths are found by an estimate; then the network is cut on a copy and measured, and while it is dearer than wanted
     or cheaper by more than the target's tolerance, the estimate is put right by what was measured, and widths are found
     anew. Where it stays cheaper than that, since widths of a family step down together, single groups are widened again
-    as long as the measured cost allows it.
+    as long as the measured cost allows it; and where one step of one group makes all the difference, that group stays
+    and the others lose more.
 
     Args:
         anatomy: The network; left untouched.
@@ -105,38 +107,13 @@ def fit_to_target(
     if before <= wanted:
         return Allocation(whole, target.currency, before, wanted, before, before, 0)
     # What the estimate leaves out counts as dear as the rest, until a measurement says more.
-    factor = _ratio(before, cost.estimate(whole))
-    tried: dict[_Widths, float] = {}
-    estimated = None
-    for _ in range(_ROUNDS):
-        widths = _widest(candidates, allocation, grid, cost, wanted / factor)
-        if target.currency in ("latency", "latency_ms"):
-            widths = keep_what_is_free(widths, candidates, grid, cost, wanted / factor)
-        estimated = estimated or factor * cost.estimate(widths)
-        key = tuple(widths.items())
-        if key in tried:
-            break
-        tried[key] = _measured(anatomy, candidates, widths, cost)
-        if (1 - target.tolerance) * wanted <= tried[key] <= wanted:
-            break
-        factor = _ratio(tried[key], cost.estimate(widths))
-    for _ in range(_ROUNDS):
-        best = _best(tried, wanted)
-        if not tried[best] < (1 - target.tolerance) * wanted:
-            break
-        # One more network, whose cost differs from this one's by what the estimate says of the group that is widened.
-        room = [
-            (tried[best] + factor * (cost.estimate(widths) - cost.estimate(dict(best))), tuple(widths.items()))
-            for widths in _widened(dict(best), candidates, grid)
-        ]
-        room = [(predicted, key) for predicted, key in room if key not in tried]
-        if not room:
-            break
-        _, key = min(room, key=lambda each: (each[0] > wanted, abs(wanted - each[0])))
-        tried[key] = _measured(anatomy, candidates, dict(key), cost)
-    best = _best(tried, wanted)
+    search = _Search(anatomy, candidates, allocation, grid, cost, target, wanted, _ratio(before, cost.estimate(whole)))
+    estimated = search.approach({})
+    search.widen()
+    for pinned in search.cliffs():
+        search.approach(pinned)
+    best, tried, factor = search.best, search.tried, search.factor
     met = tried[best] <= wanted
-    assert estimated is not None
     found = Allocation(dict(best), target.currency, before, wanted, estimated, tried[best], len(tried))
     narrowest = {each.name: grid.least(each) for each in candidates}
     if not met and factor * cost.estimate(narrowest) > wanted:
@@ -156,18 +133,120 @@ def fit_to_target(
     return found
 
 
-def _best(tried: Mapping[_Widths, float], wanted: float) -> _Widths:
-    """Return the widths that come closest to what is wanted from below, or from above where none is below."""
-    return min(tried, key=lambda key: (tried[key] > wanted, abs(wanted - tried[key])))
+class _Search:
+    """Widths that have been measured, and how to find more.
+
+    Args:
+        factor: What a measured cost is of an estimated one.
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        candidates: Sequence[Candidate],
+        allocation: str,
+        grid: Grid,
+        cost: Cost,
+        target: Target,
+        wanted: float,
+        factor: float,
+    ) -> None:
+        self._anatomy, self._candidates, self._allocation, self._grid = anatomy, candidates, allocation, grid
+        self._cost, self._target, self._wanted = cost, target, wanted
+        self.factor = factor
+        self.tried: dict[_Widths, float] = {}
+
+    @property
+    def best(self) -> _Widths:
+        """The widths that come closest to what is wanted from below, or from above where none is below."""
+        return min(self.tried, key=lambda key: (self.tried[key] > self._wanted, abs(self._wanted - self.tried[key])))
+
+    @property
+    def _is_close(self) -> bool:
+        return self.tried[self.best] >= (1 - self._target.tolerance) * self._wanted
+
+    def approach(self, pinned: Mapping[str, int]) -> float:
+        """Measure the widest widths of the family within the limit, and put the estimate right, until that is close.
+
+        Args:
+            pinned: Groups whose width is given.
+
+        Returns:
+            What the first estimate said.
+        """
+        free = [each for each in self._candidates if each.name not in pinned]
+        cost = _Pinned(self._cost, pinned)
+        estimated = None
+        for _ in range(_ROUNDS):
+            limit = self._wanted / self.factor
+            widths = _widest(free, self._allocation, self._grid, cost, limit)
+            if self._target.currency in ("latency", "latency_ms"):
+                widths = keep_what_is_free(widths, free, self._grid, cost, limit)
+            key = self._key({**widths, **pinned})
+            estimated = estimated or self.factor * cost.estimate(widths)
+            if key in self.tried:
+                break
+            reached = self._measure(key)
+            self.factor = _ratio(reached, cost.estimate(widths))
+            if (1 - self._target.tolerance) * self._wanted <= reached <= self._wanted:
+                break
+        assert estimated is not None
+        return estimated
+
+    def widen(self) -> None:
+        """Widen single groups by measurement: those of a family step down together, and not all of them need to."""
+        for _ in range(_ROUNDS):
+            best = self.best
+            if self.tried[best] > self._wanted or self._is_close:
+                break
+            # One more network, whose cost differs from this one's by what the estimate says of the group.
+            base = self.tried[best] - self.factor * self._cost.estimate(dict(best))
+            room = [(base + self.factor * self._cost.estimate(widths), self._key(widths)) for widths in self._widened()]
+            room = [(predicted, key) for predicted, key in room if key not in self.tried]
+            if not room:
+                break
+            _, key = min(room, key=lambda each: (each[0] > self._wanted, abs(self._wanted - each[0])))
+            self._measure(key)
+
+    def cliffs(self) -> Iterator[dict[str, int]]:
+        """Yield, while what is met is not close, groups whose width is to be what it was.
+
+        Where a single step of a group makes all the difference, nothing in between is to be had from it: it stays, and
+        the others lose more.
+        """
+        best = dict(self.best)
+        narrower = [each for each in self._candidates if best[each.name] < each.now]
+        saved = {each.name: self._cost.estimate({**best, each.name: each.now}) for each in narrower}
+        for each in sorted(narrower, key=lambda each: -saved[each.name])[:_NUM_CLIFFS]:
+            if self._is_close:
+                break
+            yield {each.name: each.now}
+
+    def _widened(self) -> list[dict[str, int]]:
+        """Return widths of which one group is wider than in the best, a few for each group."""
+        best = dict(self.best)
+        found = []
+        for each in self._candidates:
+            wider = self._grid.wider(best[each.name], each)
+            found += [{**best, each.name: to} for to in wider[:: max(1, len(wider) // _FEW)]]
+        return found
+
+    def _key(self, widths: Mapping[str, int]) -> _Widths:
+        return tuple((each.name, widths[each.name]) for each in self._candidates)
+
+    def _measure(self, key: _Widths) -> float:
+        self.tried[key] = _measured(self._anatomy, self._candidates, dict(key), self._cost)
+        return self.tried[key]
 
 
-def _widened(widths: Mapping[str, int], candidates: Sequence[Candidate], grid: Grid) -> list[dict[str, int]]:
-    """Return widths of which one group is wider, a few for each group."""
-    found = []
-    for each in candidates:
-        wider = grid.wider(widths[each.name], each)
-        found += [{**widths, each.name: to} for to in wider[:: max(1, len(wider) // _FEW)]]
-    return found
+class _Pinned:
+    """Estimates where some groups have a given width."""
+
+    def __init__(self, cost: Cost, pinned: Mapping[str, int]) -> None:
+        self._cost, self._pinned = cost, pinned
+
+    def estimate(self, widths: Mapping[str, int]) -> float:
+        return self._cost.estimate({**widths, **self._pinned})
 
 
 def _ratio(measured: float, estimated: float) -> float:
@@ -175,7 +254,7 @@ def _ratio(measured: float, estimated: float) -> float:
 
 
 def keep_what_is_free(
-    widths: Mapping[str, int], candidates: Sequence[Candidate], grid: Grid, cost: Cost, limit: float
+    widths: Mapping[str, int], candidates: Sequence[Candidate], grid: Grid, cost: Estimator, limit: float
 ) -> dict[str, int]:
     """Widen groups again whose removal does not make the network faster.
 
@@ -199,7 +278,9 @@ def keep_what_is_free(
     return chosen
 
 
-def _widest(candidates: Sequence[Candidate], allocation: str, grid: Grid, cost: Cost, limit: float) -> dict[str, int]:
+def _widest(
+    candidates: Sequence[Candidate], allocation: str, grid: Grid, cost: Estimator, limit: float
+) -> dict[str, int]:
     """Return widths of which the estimate is just within a limit."""
     above, chosen = bracket(lambda level: widths_at(candidates, allocation, level, grid), cost.estimate, limit)
     # Groups of the same width step down together; some of them need not.

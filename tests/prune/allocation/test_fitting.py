@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -100,6 +101,31 @@ def test_groups_that_step_together_are_widened_singly(anatomy: Anatomy, allocati
     assert found.reached >= 0.92 * found.wanted
     assert all(width % 16 == 0 for width in found.widths.values())
     assert found.rounds == cost.measured - 1 <= 10
+
+
+class Cliff:
+    """An engine that is slow as long as the first layer is whole."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        self.inner = make_cost(anatomy, Target(macs=0.5))
+        self.height = 0.4 * self.inner.estimate({})
+
+    def estimate(self, widths: Mapping[str, int]) -> float:
+        return self.inner.estimate(widths) + self.height * (widths["stem.0"] == 32)
+
+    def measure(self, network: nn.Module, inputs: Sequence[Tensor]) -> float:
+        return self.inner.measure(network, inputs) + self.height * (len(network.stem[0].weight) == 32)  # type: ignore[index, union-attr, arg-type]
+
+
+def test_a_group_on_a_cliff_stays_and_the_others_lose_more(anatomy: Anatomy) -> None:
+    candidates = groups(anatomy)
+    cheap = [
+        replace(each, scores=torch.linspace(0.001, 2, 32)) if each.name == "stem.0" else each for each in candidates
+    ]
+    found = fit_to_target(anatomy, cheap, "global", Target(latency=0.9), round_to=8, cost=Cliff(anatomy))
+    assert found.met
+    assert found.reached >= 0.95 * found.wanted
+    assert found.widths["stem.0"] == 32
 
 
 class Odd:
