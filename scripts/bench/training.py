@@ -6,10 +6,9 @@ import copy
 from collections.abc import Callable
 
 import torch
-from common import Row, finish, options, ratios
-from torch import Tensor, nn
+from common import Row, finish, options, ratios, training_step
 
-from compress.distill import freeze, soft_target
+from compress.distill import freeze
 from compress.models import ResNet
 from compress.prune import find_groups, plan_removal, replay_prune
 from compress.quantize import prepare
@@ -32,34 +31,15 @@ def main() -> None:
     replay_prune(pruned, Edit("prune", plan))
     captured = prepare(copy.deepcopy(student).train(), inputs, "int8").train()
     calls: dict[str, Callable[[], object]] = {
-        "plain step": _step(copy.deepcopy(student), x, y),
-        "with a teacher": _step(copy.deepcopy(student), x, y, teacher),
-        "pruned by half": _step(pruned, x, y),
-        "fake quantised": _step(captured, x, y),
+        "plain step": training_step(copy.deepcopy(student), x, y),
+        "with a teacher": training_step(copy.deepcopy(student), x, y, teacher=teacher),
+        "pruned by half": training_step(pruned, x, y),
+        "fake quantised": training_step(captured, x, y),
         "plan one removal": lambda: plan_removal(student, inputs, {group.name: group.width // 2 for group in groups}),
         "capture and prepare": lambda: prepare(copy.deepcopy(student), inputs, "int8"),
     }
     rows: list[Row] = ratios(f"batch {batch}, bf16", calls, seconds=1.0 if arguments.quick else 10.0, min_runs=4)
     finish(arguments, rows)
-
-
-def _step(network: nn.Module, x: Tensor, y: Tensor, teacher: nn.Module | None = None) -> Callable[[], object]:
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    network.train()
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            outputs = network(x)
-            loss = nn.functional.cross_entropy(outputs.float(), y)
-            if teacher is not None:
-                with torch.no_grad():
-                    taught = teacher(x)
-                loss = loss + soft_target(outputs, taught)
-        loss.backward()
-        optimizer.step()
-
-    return step
 
 
 if __name__ == "__main__":
