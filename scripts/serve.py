@@ -1,0 +1,145 @@
+"""Serve an artefact over HTTP with LitServe: requests that come together become one batch.
+
+    python scripts/serve.py runs/digits/<time>/artifact --port 8000
+    curl 127.0.0.1:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0, 3, ...], ...]}'
+
+POST /predict takes one raw sample as nested lists and gives its label and probabilities; GET /health says whether the
+server is ready. A sample of another shape, or with values that are no numbers, gets status 422 and never meets others.
+"""
+
+import argparse
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import litserve
+import numpy as np
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, field_validator
+
+import compress
+from compress.errors import CompressError
+from compress.runtime.manifest import Manifest, read_manifest
+from compress.runtime.model import preprocess
+
+_SERVED = "COMPRESS_SERVED"
+
+
+class Query(BaseModel):
+    """One raw sample; checked where requests arrive, since a batch succeeds or fails as a whole."""
+
+    inputs: list[Any]
+
+    @field_validator("inputs")
+    @classmethod
+    def fits(cls, value: list[Any]) -> list[Any]:
+        """Refuse what the network cannot take.
+
+        Raises:
+            ValueError: which becomes status 422.
+        """
+        manifest = _manifest(os.environ[_SERVED])
+        try:
+            sample = np.asarray(value, dtype=np.float64)
+            given = preprocess(sample[None], manifest)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"expected nested lists of numbers, got {error}") from error
+        wanted = manifest.inputs[0].shape
+        if given.ndim != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, given.shape)):
+            raise ValueError(f"expected one sample of shape {list(wanted[1:])}, got {list(sample.shape)}")
+        if not np.isfinite(given).all():
+            raise ValueError("expected finite numbers")
+        return value
+
+
+class Served(litserve.LitAPI):
+    """Predictions of an artefact.
+
+    Args:
+        path: Its directory.
+        engine: Name of an engine, or ``"auto"`` for the fastest here.
+        trust: Whether an artefact that was built elsewhere may run its code.
+        max_batch_size: Most samples that are run at once.
+        batch_timeout: Seconds that the first of a batch waits for others.
+    """
+
+    def __init__(self, path: str, *, engine: str, trust: bool, max_batch_size: int, batch_timeout: float) -> None:
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
+        self.path, self.engine, self.trust = path, engine, trust
+
+    def setup(self, device: str) -> None:
+        """Load the artefact in the process that runs it."""
+        self.model = compress.load(self.path, engine=self.engine, trust=self.trust)
+
+    def decode_request(self, request: Query) -> np.ndarray:
+        """Return the sample."""
+        return np.asarray(request.inputs)
+
+    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
+        """Stack samples."""
+        return np.stack(inputs)
+
+    def predict(self, batch: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+        """Return label and probabilities of each sample."""
+        labels, probabilities = self.model.predict(batch)
+        return list(zip(labels, probabilities))
+
+    def unbatch(self, output: list[tuple[Any, np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
+        """Return one output for each sample."""
+        return output
+
+    def encode_response(self, output: tuple[Any, np.ndarray]) -> dict[str, Any]:
+        """Return what is sent."""
+        label, probabilities = output
+        return {"label": label, "probability": float(probabilities.max()), "probabilities": probabilities.tolist()}
+
+
+async def refuse(request: Request, error: Exception) -> JSONResponse:
+    """Say what is wrong with a request; FastAPI would send it back whole, infinities included, which JSON has not."""
+    assert isinstance(error, RequestValidationError)
+    reasons = [{"where": list(each["loc"]), "message": each["msg"]} for each in error.errors()]
+    return JSONResponse({"detail": reasons}, status_code=422)
+
+
+def main() -> None:
+    """Serve until stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; only this machine by default")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
+    parser.add_argument("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
+    parser.add_argument("--max_batch_size", type=int, default=32, metavar="N", help="most samples run at once")
+    parser.add_argument("--batch_timeout", type=float, default=0.002, metavar="S", help="seconds to wait for others")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that run the network")
+    options = parser.parse_args()
+    path = options.artifact / "artifact" if (options.artifact / "artifact").is_dir() else options.artifact
+    if options.max_batch_size < 2:
+        parser.error(f"--max_batch_size: expected at least 2, got {options.max_batch_size}. Use 32.")
+    try:
+        read_manifest(path)
+    except CompressError as error:
+        parser.error(str(error))
+    os.environ[_SERVED] = str(path.resolve())
+    api = Served(
+        str(path.resolve()),
+        engine=options.engine,
+        trust=options.trust,
+        max_batch_size=options.max_batch_size,
+        batch_timeout=options.batch_timeout,
+    )
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=options.workers)
+    server.app.add_exception_handler(RequestValidationError, refuse)
+    server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
+
+
+@functools.cache
+def _manifest(path: str) -> Manifest:
+    return read_manifest(path)
+
+
+if __name__ == "__main__":
+    main()

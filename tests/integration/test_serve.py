@@ -1,0 +1,128 @@
+"""scripts/serve.py as its user runs it."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compress.runtime import load
+from tests.export.programs import artifact
+
+pytest.importorskip("litserve", reason="serving needs the extra 'serve'")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(artifact()), "--port", str(number)]
+    environment = {
+        **os.environ,
+        "COMPRESS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "PYTHONPATH": str(ROOT),
+    }
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with log.open("w") as file:
+        options: Any = {"stdout": file, "stderr": file, "env": environment, "start_new_session": True}
+        process = subprocess.Popen([*command, "--engine", "onnxruntime"], **options)
+        try:
+            _wait(process, number, log)
+            yield number
+        finally:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def ask(port: int, method: str, path: str, body: str | None = None) -> tuple[int, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        text = response.read().decode()
+    finally:
+        connection.close()
+    return response.status, json.loads(text) if text.startswith("{") else text
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    until = time.monotonic() + 180
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            if ask(port, "GET", "/health")[0] == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.3)
+    pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
+
+
+def samples(num: int) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(num, 1, 8, 8)).astype(np.float32)
+
+
+def test_requests_that_come_together_get_their_own_answers(port: int) -> None:
+    raw = samples(60)
+    labels, probabilities = load(artifact(), engine="onnxruntime").predict(raw)
+    bodies = [json.dumps({"inputs": sample.tolist()}) for sample in raw]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda body: ask(port, "POST", "/predict", body), bodies))
+    assert {status for status, _ in answers} == {200}
+    assert [answer["label"] for _, answer in answers] == labels
+    got = np.array([answer["probabilities"] for _, answer in answers])
+    assert np.allclose(got, probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("{", "JSON decode error"),
+        ("{}", "Field required"),
+        ('{"inputs": 3}', "valid list"),
+        ('{"inputs": [1, 2, 3]}', r"expected one sample of shape [1, 8, 8], got [3]"),
+        ('{"inputs": [["a"]]}', "expected nested lists of numbers"),
+        ('{"inputs": [[1, 2], [3]]}', "expected nested lists of numbers"),
+        (json.dumps({"inputs": np.full((1, 8, 8), np.nan).tolist()}), "expected finite numbers"),
+        (json.dumps({"inputs": np.full((1, 8, 8), 1e308).tolist()}), "expected finite numbers"),
+    ],
+)
+def test_malformed_requests_are_refused_and_harm_nobody(port: int, body: str, message: str) -> None:
+    good = json.dumps({"inputs": samples(1)[0].tolist()})
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda text: ask(port, "POST", "/predict", text), [good, body, good, body]))
+    assert [status for status, _ in answers] == [200, 422, 200, 422]
+    assert message in answers[1][1]["detail"][0]["message"]
+
+
+def test_other_paths_and_methods(port: int) -> None:
+    assert ask(port, "GET", "/health") == (200, "ok")
+    assert ask(port, "GET", "/nowhere")[0] == 404
+    assert ask(port, "GET", "/predict")[0] == 405
+
+
+def test_what_is_no_artefact_is_said_at_once(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 2
+    assert "expected an artefact with a manifest.json, got none" in done.stderr
