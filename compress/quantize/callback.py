@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import nn
+from torch import Tensor, nn
 
 from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
@@ -39,6 +39,9 @@ class QuantizationAwareTraining(ModelEditor):
         keep: Patterns of layer names that stay in floating point, as ``fc`` or ``stages.0.*``.
         ranges: How a range follows from calibration data, with ``start=1``: one of ``RANGES``.
         num_batches: Training batches to calibrate with, at most.
+        learn_steps: Whether steps are parameters, trained with the weights to the end (``compress.quantize.lsq``); they
+            start at the ranges of the first batch, and each joins the group of the optimiser in which
+            ``configure_optimizers`` would put it.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -56,6 +59,7 @@ class QuantizationAwareTraining(ModelEditor):
         keep: Sequence[str] = (),
         ranges: str = "mse",
         num_batches: int = 32,
+        learn_steps: bool = False,
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -73,12 +77,18 @@ class QuantizationAwareTraining(ModelEditor):
                 f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
                 "Freeze after quantization has started."
             )
+        if learn_steps and start == 1:
+            raise RecipeError(
+                "quantize.learn_steps: expected training in integers, got start 1. Set start below 1, or leave it out."
+            )
         self.scheme = get_scheme(scheme).name
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
         self.keep = tuple(keep)
         self.ranges = ranges
         self.num_batches = num_batches
+        self.learn_steps = learn_steps
+        self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
         self._trained: Captured | None = None
 
     @cached_property
@@ -93,8 +103,13 @@ class QuantizationAwareTraining(ModelEditor):
         return convert(self._trained)
 
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
-        """Capture and prepare the network."""
-        return replay_quantize(network, edit)
+        """Capture and prepare the network; learned steps start from the batch at hand, on every rank from rank 0's."""
+        if self._first is None:
+            return replay_quantize(network, edit)
+        trainer, inputs = self._first
+        prepared = replay_quantize(network, edit, batches=[inputs])
+        _share_ranges(trainer, prepared)
+        return prepared
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -123,8 +138,14 @@ class QuantizationAwareTraining(ModelEditor):
             "keep": list(self.keep),
             "inputs": describe_inputs(example_inputs(pl_module, batch)),
             "shapes": shapes_of(self.network(pl_module), {}),
+            "learn_steps": self.learn_steps,
         }
-        self.edit(trainer, pl_module, lambda: Edit(self.kind, data))
+        if self.learn_steps:
+            self._first = trainer, inputs_of(batch, otherwise="Leave learn_steps out.")
+        try:
+            self.edit(trainer, pl_module, lambda: Edit(self.kind, data))
+        finally:
+            self._first = None
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""
@@ -144,6 +165,11 @@ class QuantizationAwareTraining(ModelEditor):
             ranges=self.ranges,
             progress=trainer.is_global_zero and bool(trainer.progress_bar_callback),
         )
-        learned = {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name}
-        for name, value in trainer.strategy.broadcast(learned, src=0).items():
-            learned[name].copy_(value)
+        _share_ranges(trainer, network)
+
+
+def _share_ranges(trainer: pl.Trainer, network: nn.Module) -> None:
+    """Give every rank the ranges of rank 0."""
+    ranges = {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name}
+    for name, value in trainer.strategy.broadcast(ranges, src=0).items():
+        ranges[name].copy_(value)

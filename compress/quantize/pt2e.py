@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError, RecipeError
+from compress.quantize.calibrate import calibrate
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.slicing import check_shapes
@@ -105,8 +106,13 @@ def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
     return [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in inputs]
 
 
-def replay_quantize(network: nn.Module, edit: Edit) -> nn.Module:
+def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = ()) -> nn.Module:
     """Carry out an edit of kind ``"quantize"``.
+
+    Args:
+        network: Left untouched where the edit does not fit.
+        edit: What to repeat.
+        batches: Inputs to start learned steps from; none where they are about to be loaded.
 
     Raises:
         EditError: when this is not the network that was quantised; it is then untouched.
@@ -114,7 +120,14 @@ def replay_quantize(network: nn.Module, edit: Edit) -> nn.Module:
     check_shapes(network, edit.data.get("shapes"))
     device = next(network.parameters()).device
     inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
-    return prepare(network, inputs, edit.data["scheme"], keep=edit.data.get("keep", ())).to(device)
+    prepared = prepare(network, inputs, edit.data["scheme"], keep=edit.data.get("keep", ())).to(device)
+    if batches:
+        calibrate(prepared, batches)
+    if edit.data.get("learn_steps"):
+        from compress.quantize.lsq import learn_steps
+
+        learn_steps(prepared)
+    return prepared
 
 
 def num_quantized(prepared: Captured) -> int:
@@ -168,7 +181,7 @@ def _as_trained(graph_module: GraphModule) -> None:
     module: Any
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
-            module.calculate_qparams = lambda own=module: (own.scale, own.zero_point.long())
+            module.calculate_qparams = lambda own=module: (own.scale.detach(), own.zero_point.long())
 
 
 def _as_pattern(graph_module: GraphModule) -> None:

@@ -116,7 +116,7 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 def _share_ranges(new: Captured, edited: Captured, averaged: AveragedModel) -> None:
     """Let the average use the very fake quantizers of the network: an average of a zero point or a switch is none."""
     shared = False
-    for name, module in edited.graph_module.named_children():
+    for name, module in edited.graph_module._modules.items():  # one module may stand under several names
         if hasattr(module, "fake_quant_enabled"):
             new.graph_module._modules[name] = module
             shared = True

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.core.optimizer import _init_optimizers_and_lr_schedulers
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from compress.errors import EditError
 from compress.surgery.slicing import Slices, slice_tensor
 
-__all__ = ["check_strategy", "relink_optimizer", "relink_trainer"]
+__all__ = ["check_strategy", "join_optimizers", "relink_optimizer", "relink_trainer"]
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,39 @@ def relink_optimizer(
                 optimizer.state[new] = _carry(state, old, slices.get(str(name), {}))
         # In place: an optimiser may hold the list itself, as LBFGS does.
         group["params"][:] = _in_order(params, group["params"], before, after)
-    if changed and isinstance(optimizer, torch.optim.LBFGS):
-        # Its directions are vectors over all parameters: they begin anew.
+    if changed:
+        _begin_anew(optimizer)
+
+
+def join_optimizers(optimizers: Sequence[Optimizer], fresh: Sequence[Optimizer]) -> None:
+    """Let parameters that an edit has added take part, in the groups and the order that a resumed fit will have.
+
+    Args:
+        optimizers: Those of the fit; they stay the same objects, with their state.
+        fresh: What the module makes of its parameters now; thrown away afterwards.
+
+    Raises:
+        EditError: when the fresh optimisers have other groups.
+    """
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    wanted = [group for optimizer in fresh for group in optimizer.param_groups]
+    if len(groups) != len(wanted):
+        raise EditError(
+            f"configure_optimizers: expected the {len(groups)} groups of parameters that the fit began with, got "
+            f"{len(wanted)}. Make the same groups whenever it is called, empty ones included."
+        )
+    known = {id(parameter) for group in groups for parameter in group["params"]}
+    for group, like in zip(groups, wanted):
+        new = [parameter for parameter in like["params"] if id(parameter) not in known]
+        joined = [*group["params"], *new]
+        same = {id(parameter) for parameter in joined} == {id(parameter) for parameter in like["params"]}
+        group["params"][:] = like["params"] if same else joined
+    for optimizer in optimizers:
+        _begin_anew(optimizer)
+
+
+def _begin_anew(optimizer: Optimizer) -> None:
+    if isinstance(optimizer, torch.optim.LBFGS):  # its directions are vectors over all parameters
         optimizer.state.clear()
         optimizer._numel_cache = None
 
@@ -111,6 +143,8 @@ def relink_trainer(
 ) -> None:
     """Re-link everything of a Trainer that holds parameters of the module: optimisers and DDP.
 
+    Parameters that the edit has added join the optimisers where ``configure_optimizers`` would put them.
+
     Args:
         trainer: In the middle of a fit.
         pl_module: After the edit.
@@ -120,6 +154,8 @@ def relink_trainer(
     after = dict(pl_module.named_parameters())
     for optimizer in trainer.optimizers:
         relink_optimizer(optimizer, before, after, slices)
+    if after.keys() - before.keys():
+        join_optimizers(trainer.optimizers, _init_optimizers_and_lr_schedulers(pl_module)[0])
     strategy = trainer.strategy
     if isinstance(strategy, DDPStrategy):
         # A reducer's buckets are laid out for the old shapes: wrap the bare module again.

@@ -37,14 +37,15 @@ class Foreign(pl.LightningModule):
 
 
 class SaveAfter(Callback):
-    """Writes a full checkpoint after given steps, in the middle of an epoch or at its end."""
+    """Writes a full checkpoint right after given steps, in the middle of an epoch or at its end."""
 
     def __init__(self, folder: Path, steps: Iterable[int]) -> None:
         self.folder, self.steps = folder, set(steps)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        if trainer.global_step in self.steps:
-            trainer.save_checkpoint(self.folder / f"step_{trainer.global_step}.ckpt")
+        path = self.folder / f"step_{trainer.global_step}.ckpt"
+        if trainer.global_step in self.steps and not path.exists():  # not again while gradients accumulate
+            trainer.save_checkpoint(path)
 
 
 class Moved(Callback):

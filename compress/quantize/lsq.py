@@ -1,0 +1,183 @@
+"""Steps of integers that are learned with the weights (LSQ, Esser et al. 2019, arXiv:1902.08153)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torchao.quantization.pt2e import FakeQuantizeBase
+
+from compress.surgery import Captured
+
+__all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps"]
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    *,
+    quant_min: int,
+    quant_max: int,
+    axis: int | None = None,
+    factor: float = 1.0,
+) -> Tensor:
+    r"""Round to integers and back, with a gradient for the size of a step.
+
+    .. math::
+        \hat x = s \, (\lfloor \operatorname{clip}(x / s, -Q_N, Q_P) \rceil), \quad
+        \frac{\partial \hat x}{\partial s} = \begin{cases}
+            -x / s + \lfloor x / s \rceil & -Q_N < x / s < Q_P \\
+            -Q_N & x / s \le -Q_N \\
+            Q_P & x / s \ge Q_P \end{cases}
+
+    and :math:`\partial \hat x / \partial x` is 1 inside the range and 0 outside (equations 1 to 5), where
+    :math:`-Q_N` and :math:`Q_P` are ``quant_min`` and ``quant_max`` less the zero point.
+
+    Args:
+        x: Any shape, float32.
+        scale: The size of a step: shape (1,), or (C,) with one for each index of dimension ``axis``; positive.
+        zero_point: The integer for zero, of the shape of ``scale``, int32.
+        quant_min: The least integer.
+        quant_max: The largest.
+        axis: Dimension of the channels, ``None`` for one step for all.
+        factor: What the gradient of ``scale`` is multiplied with.
+
+    Example:
+        >>> s = torch.tensor([0.5], requires_grad=True)
+        >>> z = torch.tensor([0], dtype=torch.int32)
+        >>> y = fake_quantize(torch.tensor([-9.0, 0.7, 9.0]), s, z, quant_min=-4, quant_max=3)
+        >>> y.tolist(), round(float(torch.autograd.grad(y.sum(), s)[0]), 4)
+        ([-2.0, 0.5, 1.5], -1.4)
+    """
+    return _Rounded.apply(x, scale, zero_point, quant_min, quant_max, axis, factor)
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, axis: int | None, factor: float
+    ) -> Tensor:
+        # PyTorch's kernels round as converted networks do, to the bit; their own gradient for a step is another one
+        # where a value lies outside by less than half a step.
+        if axis is None:
+            y = torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
+        else:
+            y = torch.fake_quantize_per_channel_affine(x, scale, zero, axis, low, high)
+        ctx.save_for_backward(x, y, scale, zero)
+        ctx.limits = low, high, axis, factor
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, scale, zero = ctx.saved_tensors
+        low, high, axis, factor = ctx.limits
+        (gradient,) = gradients
+        shape = [1] * x.dim()
+        if axis is not None:
+            shape[axis] = -1
+        step = scale.view(shape)
+        least, most = low - zero.view(shape), high - zero.view(shape)
+        place = x / step
+        inside = (place > least) & (place < most)
+        of_step = torch.where(inside, y / step - place, torch.maximum(torch.minimum(place, most), least))
+        others = [dim for dim in range(x.dim()) if dim != axis]
+        to_step = (gradient * of_step).sum(others) if others else gradient * of_step
+        return gradient * inside, factor * to_step.reshape(scale.shape), None, None, None, None, None
+
+
+class _Steps(torch.autograd.Function):
+    """The step of a logarithm: a change of the logarithm by the gradient changes the step by the step's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logarithm: Tensor, start: Tensor) -> Tensor:
+        scale = start * logarithm.exp()
+        ctx.save_for_backward(scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return gradients[0] / scale, None
+
+
+class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
+    r"""Fake quantization whose steps are a parameter.
+
+    The gradient of a step is scaled by :math:`1 / \sqrt{N Q_P}`, N the values that one step serves: those of a weight's
+    channel, or an activation's in one sample (section 2.2 of the paper).
+
+    The parameter is the logarithm of what the step has become, relative to where it started. SGD moves steps by it as
+    the paper says, to first order: the gradient is divided by the step, not multiplied. Adam, whose updates are of the
+    size of the learning rate whatever the gradient, moves a step by that fraction of itself; on the step itself, an
+    update would be as large as an int8 step is. Weight decay draws steps to where they started.
+
+    Args:
+        given: PT2E's module, which has seen data or not yet.
+        shape: Of what is quantised, ``x[0]`` of an activation.
+        device: Where the parameter lives.
+    """
+
+    def __init__(self, given: Any, shape: torch.Size, device: torch.device) -> None:
+        nn.Module.__init__(self)  # the base class would make switches on the device, to be waited for at every call
+        self.fake_quant_enabled, self.observer_enabled = [1], [0]
+        observer = given.activation_post_process
+        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        self.dtype, self.qscheme, self.ch_axis = given.dtype, given.qscheme, given.ch_axis
+        self.is_per_channel, self.is_dynamic = given.is_per_channel, False
+        num = shape[self.ch_axis] if self.is_per_channel else 1
+        self.num_values = shape.numel() // num
+        seen = given.scale.numel() == num
+        start = given.scale.detach().float() if seen else torch.ones(num)
+        zero = given.zero_point.detach() if seen else torch.zeros(num)
+        self.register_buffer("start", start.clone().to(device))
+        self.register_buffer("zero_point", zero.clone().to(device, torch.int32))
+        self.log_scale = nn.Parameter(torch.zeros(num, device=device))
+
+    @property
+    def scale(self) -> Tensor:
+        """The steps, shape (C,), or (1,) where there is one for all."""
+        return _Steps.apply(self.log_scale, self.start)
+
+    @property
+    def factor(self) -> float:
+        """What the gradient of a step is multiplied with."""
+        levels = self.quant_max - self.quant_min
+        symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
+        return (self.num_values * (levels // 2 if symmetric else levels)) ** -0.5
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Return scale and zero point."""
+        return self.scale.detach(), self.zero_point.long()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Round, unless switched off."""
+        if not self.fake_quant_enabled[0]:
+            return x
+        axis = self.ch_axis if self.is_per_channel else None
+        limits: Any = {"quant_min": self.quant_min, "quant_max": self.quant_max, "axis": axis}
+        return fake_quantize(x.float(), self.scale, self.zero_point, **limits, factor=self.factor)
+
+
+def learn_steps(prepared: Captured) -> Captured:
+    """Make the steps of a prepared network parameters, in place; they start at what ``calibrate`` found.
+
+    Args:
+        prepared: From ``prepare``; not calibrated, where its steps are about to be loaded.
+
+    Returns:
+        The same network.
+    """
+    graph_module: GraphModule = prepared.graph_module
+    device = next(graph_module.parameters()).device
+    learned: dict[int, LearnedFakeQuantize] = {}
+    for node in graph_module.graph.nodes:
+        given: Any = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if hasattr(given, "fake_quant_enabled") and not isinstance(given, LearnedFakeQuantize):
+            shape = node.args[0].meta["val"].shape
+            if id(given) not in learned:  # one module may stand under several names
+                learned[id(given)] = LearnedFakeQuantize(given, shape if given.is_per_channel else shape[1:], device)
+            graph_module.set_submodule(str(node.target), learned[id(given)])
+    return prepared
