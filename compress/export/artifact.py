@@ -23,6 +23,7 @@ from compress.errors import ExportError
 from compress.export.gates import Gates, failures
 from compress.export.graph import input_specs, largest_batch
 from compress.export.parity import check_parity, reference_outputs
+from compress.export.passes import clean_up
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.engines import make_engine
@@ -71,6 +72,7 @@ def export_artifact(
         raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
     inputs = input_specs(program)
     wanted = reference_outputs(reference, held_out)
+    program, cleanup = clean_up(program)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -85,6 +87,7 @@ def export_artifact(
             scheme=scheme,
             versions=versions(),
             skipped=skipped,
+            cleanup=cleanup.to_dict(),
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
         sign(temporary)

@@ -72,6 +72,7 @@ class Manifest:
         history: The edits that made the network.
         versions: Of the packages that made the artefact.
         skipped: Why a wanted target is not there, by engine.
+        cleanup: Operators, bytes and multiply-accumulates of the program before and after cleaning, and what changed.
         max_batch: Largest batch that the files take at once, or ``None`` without a limit.
         format_version: Of this file.
     """
@@ -89,6 +90,7 @@ class Manifest:
     history: list[Any] = field(default_factory=list)
     versions: Mapping[str, str] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
+    cleanup: Mapping[str, Any] = field(default_factory=dict)
     max_batch: int | None = None
     format_version: int = FORMAT_VERSION
 
@@ -139,7 +141,7 @@ def check_file(directory: Path, target: Target) -> Path:
     return path
 
 
-_OPTIONAL: dict[str, type] = {"labels": list, "preprocessing": dict, "scheme": str, "max_batch": int}
+_OPTIONAL: dict[str, type] = {"labels": list, "preprocessing": dict, "scheme": str, "cleanup": dict, "max_batch": int}
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("name", "created", "task"), str),
     **dict.fromkeys(("inputs", "outputs", "history"), list),
