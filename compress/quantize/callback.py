@@ -14,6 +14,7 @@ from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.ranges import RANGES
+from compress.quantize.ranks import follow_first_rank
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, inputs_of, progress
@@ -121,6 +122,12 @@ class QuantizationAwareTraining(ModelEditor):
         network = self.network(pl_module)
         if isinstance(network, Captured):
             network.freeze_batchnorm = now >= self.freeze_batchnorm
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make ranges and BatchNorm statistics those of rank 0 on every rank, after each batch."""
+        network = self.network(pl_module)
+        if trainer.world_size > 1 and isinstance(network, Captured) and not network.freeze_batchnorm:
+            follow_first_rank(network)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""

@@ -1,11 +1,13 @@
 """Run by test_ddp.py: a fit on two processes that prunes, then quantises; each rank writes what it ended with.
 
-Gradients are accumulated over two batches, and an average of the weights follows.
+Gradients are accumulated over two batches, and an average of the weights follows. With a second argument, nothing is
+pruned, and steps are learned under bfloat16.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +18,32 @@ from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
-from compress.surgery import history_of
+from compress.surgery import Captured, history_of
 from tests.networks import Residual, loader
 
 
 class Compare(Callback):
-    """Collects how far the ranks' parameters are apart after each step, and whether weights move."""
+    """Counts the numbers that are not equal on both ranks after each batch: parameters, statistics and ranges."""
 
     def __init__(self) -> None:
-        self.apart: list[float] = []
+        self.apart: list[int] = []
+        self.statistics: list[int] = []
         self.kinds: list[int] = []
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
-        flat = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
-        both = pl_module.all_gather(flat)
-        assert isinstance(both, torch.Tensor)
-        self.apart.append(float((both[0] - both[1]).abs().max()))
+        self.apart.append(num_apart(pl_module, pl_module.parameters()))
         self.kinds.append(len(history_of(pl_module)))
+        if isinstance(pl_module.student, Captured):
+            self.statistics.append(num_apart(pl_module, pl_module.student.buffers()))
 
 
-def main(folder: Path) -> None:
+def num_apart(pl_module: pl.LightningModule, tensors: Iterable[torch.Tensor]) -> int:
+    both = pl_module.all_gather(torch.cat([tensor.detach().double().flatten() for tensor in tensors]))
+    assert isinstance(both, torch.Tensor)
+    return int((both[0] != both[1]).sum())
+
+
+def main(folder: Path, *, learn_steps: bool) -> None:
     pl.seed_everything(0, verbose=False)
     module = Distiller(
         Residual(),
@@ -46,8 +54,10 @@ def main(folder: Path) -> None:
         losses=[SoftTarget(weight=0.5)],
     )
     compare, average = Compare(), EMAWeightAveraging(decay=0.5)
+    pruning = StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=3, round_to=2)
     trainer = pl.Trainer(
-        max_epochs=4,
+        max_epochs=3 if learn_steps else 4,
+        precision="bf16-mixed" if learn_steps else "32-true",
         accelerator="cpu",
         devices=2,
         strategy="ddp",
@@ -59,8 +69,8 @@ def main(folder: Path) -> None:
         accumulate_grad_batches=2,
         default_root_dir=folder,
         callbacks=[
-            StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=3, round_to=2),
-            QuantizationAwareTraining(start=0.6, freeze_batchnorm=0.9),
+            *([] if learn_steps else [pruning]),
+            QuantizationAwareTraining(start=0.6, freeze_batchnorm=0.9, learn_steps=learn_steps),
             average,
             compare,
         ],
@@ -71,6 +81,7 @@ def main(folder: Path) -> None:
     torch.save(
         {
             "apart": compare.apart,
+            "statistics": compare.statistics,
             "edits": compare.kinds,
             "history": history_of(module).to_list(),
             "state": {name: tensor.clone() for name, tensor in module.student.named_parameters()},
@@ -82,4 +93,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), learn_steps=len(sys.argv) > 2)
