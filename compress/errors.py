@@ -11,6 +11,7 @@ __all__ = [
     "DataError",
     "EditError",
     "ExportError",
+    "ExportSkippedError",
     "MissingPackageError",
     "RecipeError",
     "RunError",
@@ -39,6 +40,10 @@ class EditError(CompressError):
 
 class ExportError(CompressError):
     """An artefact fails one of its checks; nothing is written."""
+
+
+class ExportSkippedError(CompressError):
+    """A target cannot be built on this machine, or from this network; the others can."""
 
 
 class ArtifactError(CompressError):

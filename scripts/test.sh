@@ -3,7 +3,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-prepare_environment dev,data,serve
+prepare_environment dev,data,serve,openvino
 cd "$root"
 heading "ruff format --check"
 ruff format --check .

@@ -144,12 +144,14 @@ def _build_one(
     path = folder / target.FILE
     census = target.build(program, path)
     parity = check_parity(make_engine(engine, path), wanted, held_out)
+    parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(
         file=target.FILE,
-        bytes=path.stat().st_size,
+        bytes=sum(file.stat().st_size for file in (path, *parts)),
         sha256=sha256(path),
         census=asdict(census) if census else {},
         agreement=asdict(parity.batches),
         requires=target.requires(),
+        parts={part.name: sha256(part) for part in parts},
     )
     return entry, list(failures(engine, gates, census, parity, quantized=scheme is not None))

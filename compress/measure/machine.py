@@ -7,9 +7,9 @@ import platform
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "describe_machine", "versions"]
+__all__ = ["cpu_flags", "describe_machine", "has_vnni", "versions"]
 
-_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "numpy"]
+_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "numpy"]
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -38,6 +38,11 @@ def versions() -> dict[str, str]:
 def cpu_flags() -> set[str]:
     """Return the processor's feature flags as Linux names them; empty where they cannot be read."""
     return set(_cpuinfo("flags").split())
+
+
+def has_vnni() -> bool:
+    """Say whether sums of int8 products are exact: on x86 without VNNI, those of two products overflow 16 bits."""
+    return platform.machine().lower() not in ("x86_64", "amd64") or bool(cpu_flags() & {"avx512_vnni", "avx_vnni"})
 
 
 def _cpuinfo(key: str) -> str:

@@ -35,15 +35,16 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Target:
-    """One engine's file.
+    """One engine's file, or files.
 
     Args:
-        file: Name within the artefact.
-        bytes: Its size.
+        file: Name within the artefact of the one to load.
+        bytes: Size of all its files.
         sha256: Its checksum.
         census: Kernel counts of the compiled graph.
         agreement: Distance from the trained module on held-out inputs.
         requires: What a machine needs for it: architecture, processor flags, package versions.
+        parts: Checksums of the files that it reads beside it, by name within the artefact.
     """
 
     file: str
@@ -52,6 +53,7 @@ class Target:
     census: Mapping[str, Any] = field(default_factory=dict)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,19 +128,20 @@ def sha256(path: Path) -> str:
 
 
 def check_file(directory: Path, target: Target) -> Path:
-    """Return the path of a target's file once its checksum is right.
+    """Return the path of a target's file once its checksum is right, and those of its parts.
 
     Raises:
-        ArtifactError: when the file is missing, outside the artefact, or not the one that was exported.
+        ArtifactError: when a file is missing, outside the artefact, or not the one that was exported.
     """
-    path = directory / target.file
-    if path.resolve().parent != directory.resolve():
-        raise ArtifactError(f"{directory}: expected files inside the artefact, got {target.file!r}. Do not use it.")
-    if not path.is_file():
-        raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
-    if sha256(path) != target.sha256:
-        raise ArtifactError(f"{path}: expected SHA-256 {target.sha256[:12]}…, got another. Export again.")
-    return path
+    for name, wanted in {**target.parts, target.file: target.sha256}.items():
+        path = directory / name
+        if path.resolve().parent != directory.resolve():
+            raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
+        if not path.is_file():
+            raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
+        if sha256(path) != wanted:
+            raise ArtifactError(f"{path}: expected SHA-256 {wanted[:12]}…, got another. Export again.")
+    return directory / target.file
 
 
 _OPTIONAL: dict[str, type] = {"labels": list, "preprocessing": dict, "scheme": str, "cleanup": dict, "max_batch": int}
@@ -149,7 +152,7 @@ _KINDS: dict[str, type] = {
 }
 _TARGET_KINDS: dict[str, type] = {
     **dict.fromkeys(("file", "sha256"), str),
-    **dict.fromkeys(("census", "agreement", "requires"), dict),
+    **dict.fromkeys(("census", "agreement", "requires", "parts"), dict),
     "bytes": int,
 }
 
@@ -158,7 +161,8 @@ def _parse(content: dict[str, Any]) -> Manifest:
     present = {key: kind for key, kind in _OPTIONAL.items() if content.get(key) is not None}
     _check_kinds(content, _KINDS | present)
     for target in content["targets"].values():
-        _check_kinds(target, _TARGET_KINDS)
+        _check_kinds({"parts": {}, **target}, _TARGET_KINDS)
+        _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
     if content.get("preprocessing"):
         _check_kinds(content["preprocessing"], {"mean": list, "std": list})
         float(content["preprocessing"]["scale"])

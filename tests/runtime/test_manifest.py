@@ -112,6 +112,11 @@ def test_files_are_checked(tmp_path: Path) -> None:
     for name, message in (("../outside", "inside"), ("absent", "got none"), (str(tmp_path / "outside"), "inside")):
         with pytest.raises(ArtifactError, match=message):
             check_file(path, Target(file=name, bytes=4, sha256=good.sha256))
+        with pytest.raises(ArtifactError, match=message):
+            check_file(path, Target(file="f", bytes=4, sha256=good.sha256, parts={name: good.sha256}))
+    (path / "g").write_bytes(b"dbta")
+    with pytest.raises(ArtifactError, match=r"g: expected SHA-256"):
+        check_file(path, Target(file="f", bytes=4, sha256=good.sha256, parts={"g": good.sha256}))
     (path / "f").write_bytes(b"dbta")
     with pytest.raises(ArtifactError, match="expected SHA-256"):
         check_file(path, good)

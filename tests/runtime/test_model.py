@@ -9,12 +9,11 @@ import torch
 
 from compress.errors import ArtifactError
 from compress.runtime import CompactModel, load
-from compress.runtime.engines import ENGINES
 from compress.runtime.manifest import Manifest, TensorSpec
 from compress.runtime.model import preprocess
-from tests.export.programs import LABELS, artifact, quantized
+from tests.export.programs import HERE, LABELS, artifact, quantized
 
-ENGINE_NAMES = list(ENGINES)
+ENGINE_NAMES = HERE
 
 
 @pytest.fixture(params=ENGINE_NAMES)

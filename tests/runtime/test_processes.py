@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from compress.runtime import load
-from tests.export.programs import artifact, quantized
+from tests.export.programs import HERE, artifact, quantized
+
+TORCH_FREE = ("onnxruntime", "openvino")
 
 BLOCK_TORCH = """
 import sys
@@ -37,7 +39,7 @@ def run(code: str, tmp_path: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("engine", ["eager", "aoti", "onnxruntime", "auto"])
+@pytest.mark.parametrize("engine", [*HERE, "auto"])
 def test_serving_imports_nothing_that_trains(engine: str, tmp_path: Path) -> None:
     code = """
 import sys, numpy, compress
@@ -50,19 +52,21 @@ assert not heavy, heavy
 
 
 @pytest.mark.parametrize("prelude", [BLOCK_TORCH, HIDE_TORCH])
-def test_onnx_is_served_where_there_is_no_torch(prelude: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [name for name in HERE if name in TORCH_FREE])
+def test_some_engines_serve_where_there_is_no_torch(engine: str, prelude: str, tmp_path: Path) -> None:
     code = f"""{prelude}
 import numpy, compress
 model = compress.load(sys.argv[1])
-assert model.engine == "onnxruntime" and model.engines == ("onnxruntime",), model.engines
+assert model.engines == {tuple(name for name in HERE if name in TORCH_FREE)}, model.engines
+model = compress.load(sys.argv[1], engine={engine!r})
 x = numpy.load(sys.argv[2])
 numpy.save(sys.argv[2], model(x))
 labels, probabilities = model.predict(x)
-assert len(labels) == 150 and model.benchmark((1,), seconds=0.01)[0]["engine"] == "onnxruntime"
+assert len(labels) == 150 and model.benchmark((1,), seconds=0.01)[0]["engine"] == {engine!r}
 assert sys.modules.get("torch") is None
 """
     inputs = quantized().inputs.numpy()
     np.save(tmp_path / "x.npy", inputs)
     said = run(code, tmp_path, str(artifact()), str(tmp_path / "x.npy"))
     assert "torch is not installed" in said
-    assert np.array_equal(np.load(tmp_path / "x.npy"), load(artifact(), engine="onnxruntime")(inputs))
+    assert np.array_equal(np.load(tmp_path / "x.npy"), load(artifact(), engine=engine)(inputs))

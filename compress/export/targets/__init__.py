@@ -1,14 +1,14 @@
 """One file per engine: how its form of the network is built, and how its kernels are counted.
 
 Each module has ``FILE``, ``build(program, path)``, which returns a ``Census`` where the engine compiles, and
-``requires()``, which says what a machine needs to run the file.
+``requires()``, which says what a machine needs to run the file; ``PARTS`` names what is written beside it, if anything.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from compress.errors import CompressError
+from compress.errors import ExportSkippedError
 
 __all__ = ["TARGETS", "Census", "ExportSkippedError"]
 
@@ -16,6 +16,7 @@ TARGETS = {
     "eager": "compress.export.targets.eager",
     "aoti": "compress.export.targets.aoti",
     "onnxruntime": "compress.export.targets.onnxruntime",
+    "openvino": "compress.export.targets.openvino",
 }
 
 
@@ -41,7 +42,3 @@ class Census:
     def int8_fraction(self) -> float:
         """Fraction of int8 among all, 0 when there are none."""
         return self.int8_kernels / max(1, self.int8_kernels + self.float_kernels)
-
-
-class ExportSkippedError(CompressError):
-    """A target cannot be built on this machine; the others can."""

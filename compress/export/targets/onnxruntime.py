@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.onnx_graph import rewrite
-from compress.export.targets import Census, ExportSkippedError
+from compress.export.onnx_translate import translate
+from compress.export.targets import Census
 
 __all__ = ["FILE", "build", "census", "requires"]
 
 FILE = "model.onnx"
 
-_LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GiB
 _INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "QAttention"}
 _FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU"}
 
@@ -34,23 +28,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
         ExportSkippedError: when the program is larger than one ONNX file can be.
         MissingPackageError: when onnx, onnxscript or onnxruntime is not installed.
     """
-    try:
-        import onnx
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingPackageError("onnxscript", "all") from error
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
-    if size > _LARGEST:
-        raise ExportSkippedError(
-            f"onnxruntime: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."
-        )
-    with torch.no_grad(), _quiet():
-        translated = torch.onnx.export(program, dynamo=True)
-    assert translated is not None
-    model = translated.model_proto
-    rewrite(model)
-    onnx.save(model, str(path))
+    path.write_bytes(translate(program, target="onnxruntime").SerializeToString())
     return census(path)
 
 
@@ -76,16 +54,3 @@ def census(path: Path) -> Census:
 def requires() -> dict[str, Any]:
     """Return what a machine needs: nothing but ONNX Runtime, which compiles on loading."""
     return {}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints and its warnings about absent optional packages away from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)

@@ -14,6 +14,7 @@ ENGINES = {
     "eager": "compress.runtime.engines.eager",
     "aoti": "compress.runtime.engines.aoti",
     "onnxruntime": "compress.runtime.engines.onnxruntime",
+    "openvino": "compress.runtime.engines.openvino",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
 the installed ``PACKAGE``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import MissingPackageError
-from compress.measure.machine import cpu_flags, describe_machine
+from compress.measure.machine import describe_machine, has_vnni
 from compress.runtime.manifest import TensorSpec
 
 __all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
@@ -15,7 +15,6 @@ __all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
 PACKAGE = "onnxruntime"
 RUNS_CODE = False
 
-_VNNI = {"avx512_vnni", "avx_vnni"}
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as numpy names them
 
 
@@ -43,7 +42,7 @@ class ONNXRuntimeEngine:
         options.intra_op_num_threads = self.threads
         # Idle threads would go on spinning between calls and slow down whatever else this process does.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not cpu_flags() & _VNNI:
+        if not has_vnni():
             # Sums of int8 products overflow on AVX2 and AVX-512 without VNNI; uint8 weights are exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

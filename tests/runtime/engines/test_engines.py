@@ -19,11 +19,9 @@ def test_every_target_has_an_engine() -> None:
 
 @pytest.mark.parametrize("name", list(ENGINES))
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing_package(name) is None
-
     def hidden(package: str) -> Any:
         return None
 
     monkeypatch.setattr(engines, "find_spec", hidden)
     assert missing_package(name) == import_module(ENGINES[name]).PACKAGE
-    assert missing_package(name) in {"torch", "onnxruntime"}
+    assert missing_package(name) in {"torch", "onnxruntime", "openvino"}

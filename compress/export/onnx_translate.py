@@ -1,0 +1,65 @@
+"""From an exported program to an ONNX model with explicit quantize and dequantize nodes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch.export import ExportedProgram
+
+from compress.errors import ExportSkippedError, MissingPackageError
+from compress.export.onnx_graph import rewrite
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+__all__ = ["translate"]
+
+_LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GiB
+
+
+def translate(program: ExportedProgram, *, target: str) -> ModelProto:
+    """Translate a program.
+
+    Args:
+        program: Quantised or not.
+        target: The target that asks, for messages.
+
+    Raises:
+        ExportSkippedError: when the program is larger than one ONNX file can be.
+        MissingPackageError: when onnx or onnxscript is not installed.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise MissingPackageError("onnxscript", "all") from error
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    if size > _LARGEST:
+        raise ExportSkippedError(
+            f"{target}: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."
+        )
+    with torch.no_grad(), _quiet():
+        translated = torch.onnx.export(program, dynamo=True)
+    assert translated is not None
+    model = translated.model_proto
+    rewrite(model)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's prints and its warnings about absent optional packages away from the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)

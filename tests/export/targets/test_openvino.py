@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from compress.export.parity import check_parity, reference_outputs
+from compress.export.targets import openvino
+from compress.runtime.engines import make_engine
+from compress.runtime.engines import openvino as engine_module
+from tests.export.networks import KINDS, network
+from tests.export.programs import floating, quantized
+
+pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_those_of_the_module(kind: str, tmp_path: Path) -> None:
+    made = network(kind)
+    for name, program, module, limit in (
+        ("floats", made.program, made.reference, 1e-5),
+        ("integers", made.integers, made.prepared, 0.02),
+    ):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / openvino.FILE
+        census = openvino.build(program, path)
+        wanted = reference_outputs(module, [made.inputs])
+        found = check_parity(make_engine("openvino", path), wanted, [made.inputs])
+        assert found.batches.relative_error < limit, found.batches
+        assert found.singles.relative_error < limit, found.singles
+        assert (census.int8_kernels > 0) == (name == "integers"), census
+
+
+def test_every_layer_of_a_residual_net_becomes_an_integer_kernel(tmp_path: Path) -> None:
+    census = openvino.build(quantized().program, tmp_path / openvino.FILE)
+    assert (census.int8_kernels, census.float_kernels) == (7, 0)
+    assert census.details == {"Convolution u8": 6, "FullyConnected u8": 1, "FakeQuantize": 1}
+    assert {entry.name for entry in tmp_path.iterdir()} == {openvino.FILE, *openvino.PARTS}
+
+
+def test_a_float_program_has_float_kernels(tmp_path: Path) -> None:
+    census = openvino.build(floating().program, tmp_path / openvino.FILE)
+    assert (census.int8_kernels, census.float_kernels) == (0, 7)
+    assert b"site-packages" not in (tmp_path / openvino.FILE).read_bytes()
+
+
+def test_results_stay_when_the_next_batch_comes_and_inputs_may_lie_as_they_like(tmp_path: Path) -> None:
+    openvino.build(floating().program, tmp_path / openvino.FILE)
+    engine = make_engine("openvino", tmp_path / openvino.FILE, num_threads=1)
+    assert engine.threads == 1
+    inputs = floating().inputs.numpy()
+    first = engine([inputs[:3]])[0]
+    kept = first.copy()
+    engine([inputs[3:6]])
+    np.testing.assert_array_equal(first, kept)
+    turned = np.ascontiguousarray(inputs.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+    with torch.no_grad():
+        wanted = floating().reference(torch.from_numpy(inputs)).numpy()
+    np.testing.assert_allclose(engine([turned])[0], wanted, atol=1e-4)
+
+
+def test_without_exact_sums_it_computes_in_floats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = network("cnn")
+    path = tmp_path / openvino.FILE
+    openvino.build(made.integers, path)
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    wanted = reference_outputs(made.prepared, [made.inputs])
+    found = check_parity(make_engine("openvino", path), wanted, [made.inputs])
+    assert found.batches.relative_error < 0.01
+    kinds = {
+        str(node.get_rt_info()["layerType"].astype(str)): str(node.get_rt_info()["runtimePrecision"].astype(str))
+        for node in engine_module.compile_model(path, None).get_runtime_model().get_ordered_ops()
+    }
+    assert (kinds["Convolution"], kinds["FullyConnected"]) == ("f32", "f32")
