@@ -252,6 +252,7 @@ class StructuredPruning(ModelEditor):
     def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, fraction: float) -> Edit | None:
         """Remove the blocks that are due, and plan which units are to go; the same on every rank."""
         inputs, past = example_inputs(pl_module, batch), history_of(pl_module)
+        past.check(self.kind)
         if self.wishes.depth:
             seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
             self.edit(trainer, pl_module, lambda: self._made(choose_blocks(seen, self.wishes, fraction, past)))

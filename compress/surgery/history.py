@@ -55,13 +55,19 @@ class History:
         """Add an edit.
 
         Raises:
+            EditError: when the network is already quantised.
+        """
+        self.check(edit.kind)
+        self._edits.append(edit)
+
+    def check(self, kind: str) -> None:
+        """Refuse an edit before it is planned.
+
+        Raises:
             EditError: when the network is already quantised: its structure is then a fixed graph.
         """
         if self.count("quantize"):
-            raise EditError(
-                f"history: expected no edit after 'quantize', got {edit.kind!r}. Prune first, then quantise."
-            )
-        self._edits.append(edit)
+            raise EditError(f"history: expected no edit after 'quantize', got {kind!r}. Prune first, then quantise.")
 
     def count(self, kind: str) -> int:
         """Count the edits of a kind."""
