@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from compress.quantize.calibrate import calibrate
+from compress.quantize.coverage import Coverage, coverage
 from compress.quantize.pt2e import convert, prepare, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import SCHEMES, Scheme, get_scheme
@@ -16,10 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "RANGES",
     "SCHEMES",
+    "Coverage",
     "QuantizationAwareTraining",
     "Scheme",
     "calibrate",
     "convert",
+    "coverage",
     "get_scheme",
     "prepare",
     "replay_quantize",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from compress.errors import DataError
-from compress.quantize.ranges import Grid, Seen, choose_range
+from compress.quantize.ranges import Grid, Seen, around_zero, choose_range
 from compress.surgery import Captured
 
 __all__ = ["calibrate", "float_mode"]
@@ -157,4 +157,4 @@ def _extremes(module: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
     if not module.is_per_channel:
         return weight.min(), weight.max()
     rows = weight.movedim(module.ch_axis, 0).flatten(1)
-    return rows.amin(1), rows.amax(1)
+    return around_zero(rows.amin(1), rows.amax(1))

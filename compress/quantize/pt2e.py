@@ -12,7 +12,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError, RecipeError
+from compress.quantize.annotate import PRODUCTS, annotate_rest, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
+from compress.quantize.fold import fold_norms, hide_norms, show_norms, store_weights
+from compress.quantize.normalize import normalize
+from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.slicing import check_shapes
@@ -20,14 +24,7 @@ from compress.surgery.slicing import check_shapes
 __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
-_PATTERN_EPS = 1e-5
 _NOTE = "quantization_annotation"
-_PRODUCTS = {
-    torch.ops.aten.conv1d.default,
-    torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv3d.default,
-    torch.ops.aten.linear.default,
-}
 
 
 def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: Sequence[str] = ()) -> Captured:
@@ -51,6 +48,7 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: 
     quantizer = get_scheme(scheme).quantizer()
     captured = capture(network, inputs).train()
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
+    normalize(captured.graph_module)
     _keep(quantizer, _matching(captured.graph_module, keep))
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
@@ -67,6 +65,8 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: 
             module.register_forward_pre_hook(_in_float32)
             if module.qscheme == torch.per_tensor_symmetric:
                 module.register_forward_pre_hook(_around_zero)
+            if module.qscheme == torch.per_channel_symmetric:
+                module.register_forward_pre_hook(_rows_around_zero)
     prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
@@ -90,8 +90,11 @@ def convert(prepared: Captured) -> Captured:
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     _as_trained(twin.graph_module)
-    _as_pattern(twin.graph_module)
+    fold_norms(twin.graph_module)
+    store_weights(twin.graph_module)
+    hide_norms(twin.graph_module)
     converted = convert_pt2e(twin.graph_module)
+    show_norms(converted)
     _drop_unused(converted)
     return Captured(converted).eval()
 
@@ -131,10 +134,11 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
 
 
 def num_quantized(prepared: Captured) -> int:
-    """Count the convolutions and matrix products whose weight passes a fake quantizer."""
+    """Count the convolutions, matrix products and LSTMs whose weights pass fake quantizers."""
     graph_module = prepared.graph_module
     return sum(
-        node.target in _PRODUCTS and _is_fake_quantizer(graph_module, node.args[1]) for node in graph_module.graph.nodes
+        node.target in PRODUCTS and all(_is_fake_quantizer(graph_module, weight) for weight in weights_of(node))
+        for node in graph_module.graph.nodes
     )
 
 
@@ -146,7 +150,7 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
 
 def _matching(graph_module: GraphModule, patterns: Sequence[str]) -> list[str]:
     """Return the layers with a product whose names match, each pattern at least one."""
-    names = list(dict.fromkeys(_layer(node) for node in graph_module.graph.nodes if node.target in _PRODUCTS))
+    names = list(dict.fromkeys(layer_of(node) for node in graph_module.graph.nodes if node.target in PRODUCTS))
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             raise RecipeError(
@@ -165,8 +169,10 @@ def _keep(quantizer: Any, layers: Sequence[str]) -> None:
     def annotated(graph_module: GraphModule) -> GraphModule:
         annotate(graph_module)
         for node in graph_module.graph.nodes:
-            if node.target in _PRODUCTS and not getattr(node.meta.get(_NOTE), "input_qspec_map", True):
+            noted = getattr(node.meta.get(_NOTE), "input_qspec_map", None)
+            if noted is not None and ((node.target in PRODUCTS and not noted) or any(map(_is_integral, noted))):
                 del node.meta[_NOTE]
+        annotate_rest(graph_module, quantizer.global_config, layers)
         return graph_module
 
     quantizer.annotate = annotated
@@ -184,18 +190,9 @@ def _as_trained(graph_module: GraphModule) -> None:
             module.calculate_qparams = lambda own=module: (own.scale.detach(), own.zero_point.long())
 
 
-def _as_pattern(graph_module: GraphModule) -> None:
-    """Move what BatchNorms have beyond PT2E's eps into their variances: conversion folds them with its own."""
-    moved: set[str] = set()
-    for node in graph_module.graph.nodes:
-        if not _has_statistics(node):
-            continue
-        name, eps = str(node.args[4].target), node.args[7]
-        if name not in moved:
-            moved.add(name)
-            graph_module.get_buffer(name).add_(eps - _PATTERN_EPS)
-        _set_eps(node, _PATTERN_EPS)
-    graph_module.recompile()
+def _is_integral(node: Any) -> bool:
+    value = getattr(node, "meta", {}).get("val")
+    return isinstance(value, Tensor) and not value.dtype.is_floating_point
 
 
 def _set_eps(norm: Node, eps: float) -> None:
@@ -204,12 +201,6 @@ def _set_eps(norm: Node, eps: float) -> None:
     for user in list(norm.args[4].users):  # type: ignore[union-attr]
         if user.target is torch.ops.aten.add.Tensor:
             user.update_arg(1, eps)
-
-
-def _layer(node: Node) -> str:
-    """Return the module of the user's network whose code calls an operator."""
-    names = [name for name, _ in (node.meta.get("nn_module_stack") or {"": ("", None)}).values()]
-    return str(names[-1])
 
 
 def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -224,6 +215,19 @@ def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
         high.copy_(inputs[0].detach().amax())
         low.copy_(inputs[0].detach().amin())
     low.copy_(torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny)))
+
+
+def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Let no row's range lie on one side of zero, neither at the first step nor at a later one."""
+    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
+    if not low.numel() or torch.isinf(high).any():
+        rows = inputs[0].detach().movedim(module.ch_axis, 0).flatten(1)
+        low.resize_(len(rows)).copy_(rows.amin(1))
+        high.resize_(len(rows)).copy_(rows.amax(1))
+        module.scale.resize_(len(rows)).fill_(1.0)  # the kernel would, where it finds no range
+        module.zero_point.resize_(len(rows)).zero_()
+    for buffer, value in zip((low, high), around_zero(low, high)):
+        buffer.copy_(value)
 
 
 def _drop_unused(graph_module: GraphModule) -> None:
@@ -248,7 +252,7 @@ def _check_norms(graph_module: GraphModule) -> None:
     for node in graph_module.graph.nodes:
         if node.target is _BATCH_NORM and node.args[4] is None and "conv" in str(node.args[0].target):
             raise CaptureError(
-                f"quantize: expected BatchNorms with running statistics behind convolutions, got {_layer(node)!r} "
+                f"quantize: expected BatchNorms with running statistics behind convolutions, got {layer_of(node)!r} "
                 "without. Set track_running_stats=True, or leave quantize out."
             )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.errors import RecipeError
 
-__all__ = ["RANGES", "Grid", "Seen", "choose_range"]
+__all__ = ["RANGES", "Grid", "Seen", "around_zero", "choose_range"]
 
 _NUM_BINS = 2048
 _NUM_CANDIDATES = 128
@@ -200,3 +200,16 @@ def choose_range(method: str, seen: Seen, grid: Grid, *, percentile: float = 99.
         raise RecipeError("calibrate: expected values to learn ranges from, got none. Give at least one batch.")
     low, high = RANGES[method](seen, grid, percentile)
     return min(low, 0.0), max(high, 0.0)
+
+
+def around_zero(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """Widen ranges that lie on one side of zero to the other, so that a symmetric quantizer keeps zero in the middle.
+
+    PyTorch's kernel gives a zero point to what has one sign alone, as a row of a few weights may have, and engines take
+    none for weights. The larger side, from which a scale follows, stays.
+
+    Example:
+        >>> around_zero(torch.tensor([1.0, -1.0, -2.0]), torch.tensor([2.0, 1.0, -1.0]))
+        (tensor([-2., -1., -2.]), tensor([2.0000, 1.0000, 1.9800]))
+    """
+    return torch.where(low >= 0, -high, low), torch.where(high <= 0, -0.99 * low, high)

@@ -1,0 +1,94 @@
+"""What PT2E's x86 quantizer leaves out, although some engine computes it in integers.
+
+ONNX Runtime has an LSTM that computes its products in integers (``DynamicQuantizeLSTM``), and convolutions of
+volumes like those of images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+__all__ = ["PRODUCTS", "annotate_rest", "layer_of", "weights_of"]
+
+_aten = torch.ops.aten
+_NOTE = "quantization_annotation"
+
+PRODUCTS = frozenset(
+    {
+        _aten.conv1d.default,
+        _aten.conv2d.default,
+        _aten.conv3d.default,
+        _aten.linear.default,
+        _aten.lstm.input,
+    }
+)
+"""Operators with weights that can become integers."""
+
+
+def annotate_rest(graph_module: GraphModule, config: Any, keep: Collection[str] = ()) -> None:
+    """Note on each layer that no note stands on yet what of it shall be fake-quantised.
+
+    Args:
+        graph_module: After the quantizer has been through it.
+        config: PT2E's configuration, whose specifications of activations and weights are used.
+        keep: Names of layers that stay in floating point.
+    """
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    for node in graph_module.graph.nodes:
+        find = _FACTORS.get(node.target)
+        if find is None or layer_of(node) in keep or node.meta.get(_NOTE) is not None:
+            continue
+        activations, weights = find(node)
+        noted = {**dict.fromkeys(activations, config.input_activation), **dict.fromkeys(weights, config.weight)}
+        if noted and all(spec is not None for spec in noted.values()):
+            node.meta[_NOTE] = QuantizationAnnotation(input_qspec_map=noted, _annotated=True)
+
+
+def layer_of(node: Node) -> str:
+    """Return the module of the user's network whose code calls an operator."""
+    names = [name for name, _ in (node.meta.get("nn_module_stack") or {"": ("", None)}).values()]
+    return str(names[-1])
+
+
+def weights_of(node: Node) -> list[Any]:
+    """Return the weights that a node of ``PRODUCTS`` multiplies by."""
+    if node.target is not _aten.lstm.input:
+        return [node.args[1]]
+    given: tuple[Any, ...] = node.args
+    parameters, biased, layers, bidirectional = given[2], given[3], given[4], given[7]
+    num = len(parameters) // (layers * (2 if bidirectional else 1))
+    # Input weights, hidden weights, their biases; see torch.nn.LSTM.
+    return [entry for place, entry in enumerate(parameters) if not (biased and place % num in (2, 3))]
+
+
+def _recurrent(node: Node) -> tuple[list[Node], list[Node]]:
+    """The inputs are quantised by the engine, step by step."""
+    return [], weights_of(node)
+
+
+def _volume(node: Node) -> tuple[list[Node], list[Node]]:
+    return [node.args[0]], [node.args[1]]  # type: ignore[list-item]
+
+
+def _sum(node: Node) -> tuple[list[Node], list[Node]]:
+    """What is added to a convolution of volumes, which an integer kernel can add only in integers."""
+    terms = [term for term in node.args if isinstance(term, Node)]
+    shapes = {str(tuple(each.meta["val"].shape)) for each in (node, *terms)}
+    if len(terms) != 2 or len(shapes) != 1:
+        return [], []
+    made = [term for term in terms if term.target in _MAKE_VOLUMES and term.meta["val"].dim() == 5]
+    return [term for term in terms if term is not made[0]] if made else [], []
+
+
+_MAKE_VOLUMES = (_aten.conv3d.default, _aten.batch_norm.default)
+_FACTORS: dict[Any, Callable[[Node], tuple[list[Node], list[Node]]]] = {
+    _aten.lstm.input: _recurrent,
+    _aten.conv3d.default: _volume,
+    _aten.add.Tensor: _sum,
+    _aten.add_.Tensor: _sum,
+}

@@ -1,0 +1,121 @@
+"""What conversion to integers is given: weights as stored tensors, and BatchNorms folded into their convolutions.
+
+PT2E has both for itself, for weights that are parameters as they stand and for an eps of 1e-5; it searches for
+BatchNorms with a hundred patterns, each of them exported anew, which takes most of the time of a conversion.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from compress.quantize.normalize import parameters_alone
+
+__all__ = ["fold_norms", "hide_norms", "show_norms", "store_weights"]
+
+_aten = torch.ops.aten
+
+
+def fold_norms(graph_module: GraphModule) -> None:
+    """Fold BatchNorms in evaluation into the convolutions that fake quantization has fused them with, in place.
+
+    Such a convolution has a weight that is scaled before it is rounded, and its result is divided by that scale:
+    ``norm(conv(x, round(w * s)) / s + b)`` is ``conv(x, round(w * s)) + (b - mean) * s + beta``.
+    """
+    for norm in [node for node in graph_module.graph.nodes if node.target is _aten.batch_norm.default]:
+        found = _fused(norm)
+        if found is None:
+            continue
+        convolution, bias = found
+        fake: Any = convolution.args[1]
+        scaled = fake.args[0]
+        _, gamma, beta, mean, var, _, _, eps, *_ = [_value(graph_module, value) for value in [None, *norm.args[1:]]]
+        scale = gamma / torch.sqrt(var + eps)
+        inner = _value(graph_module, bias) if bias is not None else 0
+        with graph_module.graph.inserting_before(scaled):
+            weight = _stored(graph_module, scaled, _value(graph_module, scaled))
+        fake.update_arg(0, weight)
+        with graph_module.graph.inserting_before(convolution):
+            folded = _stored(graph_module, norm, beta + (inner - mean) * scale)
+        convolution.args = (*convolution.args[:2], folded, *convolution.args[3:])
+        norm.replace_all_uses_with(convolution)
+        graph_module.graph.erase_node(norm)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def store_weights(graph_module: GraphModule) -> None:
+    """Compute what fake quantizers round where it follows from parameters by other operators, in place."""
+    fixed = parameters_alone(graph_module)
+    for node in list(graph_module.graph.nodes):
+        if node.op != "call_module" or len(node.args) != 1 or node.args[0] not in fixed:
+            continue
+        source = node.args[0]
+        if source.op != "get_attr":
+            with graph_module.graph.inserting_before(node):
+                node.update_arg(0, _stored(graph_module, source, _value(graph_module, source)))
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def hide_norms(graph_module: GraphModule) -> None:
+    """Keep what BatchNorms are left from PT2E's search, until ``show_norms``."""
+    _rename(graph_module, _aten.batch_norm.default, _batch_norm)
+
+
+def show_norms(graph_module: GraphModule) -> None:
+    """Undo ``hide_norms``."""
+    _rename(graph_module, _batch_norm, _aten.batch_norm.default)
+
+
+def _rename(graph_module: GraphModule, old: Any, new: Any) -> None:
+    for node in graph_module.graph.nodes:
+        if node.target is old:
+            node.target = new
+    graph_module.recompile()
+
+
+def _batch_norm(*args: Any) -> Tensor:
+    return _aten.batch_norm.default(*args)
+
+
+def _fused(norm: Node) -> tuple[Node, Node | None] | None:
+    """Return the convolution that a norm is fused with, and its bias if it has one."""
+    before, bias = norm.args[0], None
+    if isinstance(before, Node) and before.target is _aten.add.Tensor and isinstance(before.args[1], Node):
+        shaped = before.args[1]
+        bias = shaped.args[0] if shaped.args else None
+        before = before.args[0]
+    if not (isinstance(before, Node) and before.target is _aten.div.Tensor):
+        return None
+    convolution = before.args[0]
+    if not isinstance(convolution, Node) or "conv" not in str(convolution.target) or len(before.users) != 1:
+        return None
+    fake = convolution.args[1]
+    is_scaled = isinstance(fake, Node) and fake.op == "call_module" and fake.args[0].target is _aten.mul.Tensor  # type: ignore[union-attr]
+    return (convolution, bias) if is_scaled and (bias is None or isinstance(bias, Node)) else None
+
+
+def _stored(graph_module: GraphModule, like: Node, value: Tensor) -> Node:
+    name = f"{like.name}_stored"
+    # A parameter, since PT2E replaces weights by parameters of the same name.
+    graph_module.register_parameter(name, nn.Parameter(value.detach().contiguous(), requires_grad=False))
+    node = graph_module.graph.get_attr(name)
+    node.meta = dict(like.meta)
+    return node
+
+
+def _value(graph_module: GraphModule, value: Any) -> Any:
+    """Compute what follows from parameters alone."""
+    if not isinstance(value, Node):
+        return value
+    if value.op == "get_attr":
+        owner, _, leaf = str(value.target).rpartition(".")
+        return getattr(graph_module.get_submodule(owner), leaf)
+    args = torch.fx.map_arg(value.args, lambda source: _value(graph_module, source))
+    kwargs = torch.fx.map_arg(value.kwargs, lambda source: _value(graph_module, source))
+    with torch.no_grad():
+        return value.target(*args, **kwargs)  # type: ignore[operator]
