@@ -10,6 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
+from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
 
@@ -17,7 +18,16 @@ __all__ = ["FILE", "build", "census", "requires"]
 
 FILE = "model.onnx"
 
-_INT8 = {"QLinearConv", "QLinearMatMul", "QGemm", "MatMulIntegerToFloat", "ConvInteger", "MatMulInteger", "QAttention"}
+_INT8 = {
+    "QLinearConv",
+    "QLinearMatMul",
+    "QGemm",
+    "MatMulIntegerToFloat",
+    "ConvInteger",
+    "MatMulInteger",
+    "QAttention",
+    "DynamicQuantizeLSTM",
+}
 _FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU"}
 
 
@@ -28,7 +38,9 @@ def build(program: ExportedProgram, path: Path) -> Census:
         ExportSkippedError: when the program is larger than one ONNX file can be.
         MissingPackageError: when onnx, onnxscript or onnxruntime is not installed.
     """
-    path.write_bytes(translate(program, target="onnxruntime").SerializeToString())
+    model = translate(program, target="onnxruntime")
+    quantize_recurrent(model)
+    path.write_bytes(model.SerializeToString())
     return census(path)
 
 
