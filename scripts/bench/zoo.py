@@ -1,10 +1,11 @@
-"""Prune every architecture of the zoo by 30 %: channels, and whole heads where there are heads.
+"""Prune every architecture of the zoo by 30 %, channels, and whole heads where there are heads; or quantise it.
 
 Each one runs in its own process with a time limit. What is done stays done (``--results``); ``--only NAME`` runs some.
 ``--check`` names what to do: ``prune`` (plan, remove, forward, backward, a step of the optimiser, replay, export
 again), ``torch_pruning`` (the same by Torch-Pruning), ``masked`` (what is left computes what the masked network does,
-for every group), ``units`` (ours beside Torch-Pruning's) or ``criteria`` (every criterion, allocation and target once,
-by itself on ``FAMILIES``). The table has what has been done of each.
+for every group), ``units`` (ours beside Torch-Pruning's), ``criteria`` (every criterion, allocation and target once,
+by itself on ``FAMILIES``) or ``quantize`` (int8 after training, before and after pruning). The table has what has been
+done of each.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import track
 from zoo_models import ARCHITECTURES, FAMILIES
 from zoo_table import table
 
-CHECKS = ("prune", "torch_pruning", "masked", "units", "criteria")
+CHECKS = ("prune", "torch_pruning", "masked", "units", "criteria", "quantize")
 _IMPORTED_ONCE = ["zoo_models", "torchvision", "timm", "transformers", "zoo_checks"]
 _PATIENCE = 20
 """How much longer than its processor time a process may take, on a machine that has other work."""

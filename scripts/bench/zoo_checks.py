@@ -11,6 +11,7 @@ from torch import nn
 from zoo_criteria import criteria
 from zoo_masked import masked_is_shrunk
 from zoo_prune import prune
+from zoo_quantize import quantize
 from zoo_torch_pruning import prune_by_torch_pruning
 from zoo_units import compare_units
 
@@ -24,6 +25,7 @@ CHECKS: dict[str, Callable[[str, dict[str, Any]], None]] = {
     "masked": masked_is_shrunk,
     "units": compare_units,
     "criteria": criteria,
+    "quantize": quantize,
 }
 
 

@@ -24,6 +24,17 @@ _COLUMNS = (
     ("Edit on", "---"),
 )
 
+_SHARE = 0.9
+_INT8_COLUMNS = (
+    ("Architecture", "---"),
+    ("int8", "---"),
+    ("MACs in int8", "---:"),
+    ("Cosine, SNR", "---"),
+    ("Pruned: MACs in int8", "---:"),
+    ("Cosine, SNR", "---"),
+    ("What stays in floats, share of MACs", "---"),
+)
+
 
 def table(names: Sequence[str], rows: Mapping[str, Mapping[str, Row]]) -> str:
     """Return the table of all checks.
@@ -42,7 +53,33 @@ def table(names: Sequence[str], rows: Mapping[str, Mapping[str, Row]]) -> str:
         cells += [_masked(rows["masked"][name]), _units(rows["units"][name]), str(ours.get("nodes", ""))]
         cells += [f"{row[key]:.1f}" if key in row else "" for row, key in _times(ours, theirs)]
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in [*cells, ours.get('form', '')])} |")
+    if any(rows["quantize"].values()):
+        lines += ["", *_quantized(names, rows["quantize"])]
     return "\n".join(lines) + "\n"
+
+
+def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
+    """The table of int8 after training; architectures that have not been quantised are left out."""
+    done = [(name, rows[name]) for name in names if rows[name]]
+    high = sum(min(_shares(row), default=0.0) >= _SHARE for _, row in done)
+    lines = [
+        f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise before and after pruning; "
+        f"{high} have at least {_SHARE:.0%} of their MACs in int8 both times.",
+        "",
+    ]
+    lines += [f"| {' | '.join(parts)} |" for parts in zip(*_INT8_COLUMNS)]
+    for name, row in done:
+        cells = [name, _passes(row)]
+        for part in (row, row.get("pruned", {})):
+            cells.append(f"{100 * part['share']:.1f} %" if "share" in part else "")
+            cells.append(f"{part['cosine']:.3f}, {part['snr_db']:.0f} dB" if "cosine" in part else "")
+        cells.append("; ".join(f"{share:.1%} {reason}" for reason, share in row.get("reasons", {}).items()))
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return lines
+
+
+def _shares(row: Row) -> list[float]:
+    return [part["share"] for part in (row, row.get("pruned", {})) if "share" in part]
 
 
 def _times(ours: Row, theirs: Row) -> list[tuple[Row, str]]:
