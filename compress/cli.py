@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
         _sensitivity,
         "measure what each layer's least important units are worth, before pruning any",
         epilog="The student is trained alone first, where the run does not have it; then each layer in turn has part "
-        "of its units silenced, and the network is judged on the validation split. What is measured is kept after "
-        "every point: the same command goes on. Keys of the recipe can follow by their dotted names; "
-        "--trainer.limit_val_batches 10 judges on fewer batches.",
+        "of its units silenced, or its weights at few bits where the recipe quantises, and the network is judged on "
+        "the validation split. What is measured is kept after every point: the same command goes on. Keys of the "
+        "recipe can follow by their dotted names; --trainer.limit_val_batches 10 judges on fewer batches.",
     )
     entry.add_argument(
         "recipe", metavar="RECIPE|RUN_DIR", help="YAML file, name of a shipped recipe, or a run's directory"
@@ -116,6 +116,10 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument("--run_dir", metavar="DIR", help="new directory for the run (default: runs/RECIPE/TIME)")
     entry.add_argument(
         "--ratios", type=float, nargs="+", metavar="R", help="fractions to silence (default: 0.1 0.25 0.5 0.75 0.9)"
+    )
+    entry.add_argument("--bits", type=int, nargs="+", metavar="B", help="bits of weights to try (default: 8 4 2)")
+    entry.add_argument(
+        "--average_bits", type=float, metavar="B", help="share bits out: so many for each weight on average, at most"
     )
     entry = command("predict", _predict, "predict labels for raw inputs")
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
@@ -186,6 +190,7 @@ def _cache_teacher(options: argparse.Namespace, rest: list[str], console: Consol
 def _sensitivity(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     from compress.pipeline import RunDirectory, sensitivity
     from compress.prune.sensitivity import RATIOS
+    from compress.quantize.sensitivity import BITS
 
     if Path(options.recipe).is_dir():
         if options.run_dir is not None:
@@ -197,7 +202,12 @@ def _sensitivity(options: argparse.Namespace, rest: list[str], console: Console)
         source = {"recipe": options.recipe, "resume": None}
     opened = _open(argparse.Namespace(**source, run_dir=options.run_dir, keys=False), rest, console)
     if isinstance(opened, RunDirectory):
-        sensitivity(opened, ratios=options.ratios or RATIOS)
+        sensitivity(
+            opened,
+            ratios=options.ratios or RATIOS,
+            bits=options.bits or BITS,
+            average_bits=options.average_bits,
+        )
         if opened.is_main_process:
             console.print(f"run directory: {opened.path}", soft_wrap=True)
 

@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from compress.measure.bits import bits_svg
 from compress.measure.page import PAGE
 from compress.measure.plots import NUM_SERIES, picture_svg, training_svg, widths_svg
 from compress.measure.results import Report
@@ -38,6 +39,7 @@ def render_html(report: Report) -> str:
         "training": training_svg(report.curves, first=report.task_metric),
         "widths": widths_svg(report.widths),
         "sensitivity": sensitivity_svg(report.sensitivity) if report.sensitivity else "",
+        "bits": bits_svg(report.bits) if report.bits else "",
     }
     return environment.from_string(PAGE).render(
         report=report,

@@ -143,6 +143,13 @@ the least important units of one layer at a time ({{ report.sensitivity.criterio
 after it{{ missing_points }}.</figcaption></figure>
 {% endif %}
 
+{% if bits %}
+<h2>Bits of the layers</h2>
+<figure>{{ bits }}<figcaption>The network of stage {{ report.bits.stage }} on the validation split, with the weights of
+one layer at a time at few bits and nothing trained after it{% if report.bits.chosen %}; circles are the bits that meet
+the target with the least loss in sum{% endif %}.</figcaption></figure>
+{% endif %}
+
 {% if report.notes %}
 <h2>How it was measured</h2>
 <ul>

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
-from compress.measure.results import Gains, LatencyRow, Report, Sensitivity, Stage, Target
+from compress.measure.results import Bits, Gains, LatencyRow, Report, Sensitivity, Stage, Target
 from compress.measure.table import report_table
 
 __all__ = [
@@ -74,7 +74,8 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         curves = {name: [[_nan(x), _nan(y)] for x, y in points] for name, points in data["curves"].items()}
         known = {field.name: data[field.name] for field in fields(Report)}
         parts = {
-            "sensitivity": _sensitivity(data["sensitivity"]),
+            "sensitivity": data["sensitivity"] and Sensitivity(**_with_curves(data["sensitivity"])),
+            "bits": data["bits"] and Bits(**_with_curves(data["bits"])),
             "target": data["target"] and Target(**data["target"]),
         }
         return Report(**known | {"stages": stages, "curves": curves} | parts)
@@ -96,14 +97,12 @@ def _stage_parts(stage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sensitivity(data: dict[str, Any] | None) -> Sensitivity | None:
-    if data is None:
-        return None
+def _with_curves(data: dict[str, Any]) -> dict[str, Any]:
     curves = {
-        layer: [[ratio, {name: _nan(value) for name, value in values.items()}] for ratio, values in points]
+        layer: [[place, {name: _nan(value) for name, value in values.items()}] for place, values in points]
         for layer, points in data["curves"].items()
     }
-    return Sensitivity(**data | {"curves": curves})
+    return data | {"curves": curves}
 
 
 def _nan(value: float | None) -> float:

@@ -118,6 +118,47 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Bits:
+    """What a network loses on the validation split with the weights of one layer at few bits, all else untouched.
+
+    Args:
+        stage: Which network of the run it is.
+        metric: The metric that judges.
+        measured_on: What would make it another measurement.
+        whole: ``{"loss": value, metric: value}`` of the network as it is.
+        sizes: The number of weights of each layer.
+        curves: Points ``[bits, {"loss": value, metric: value}]`` by layer, most bits first; there are fewer while it is
+            going on.
+        chosen: The bits of each layer that meet the target, where there was one.
+    """
+
+    stage: str
+    metric: str
+    measured_on: str
+    whole: dict[str, float]
+    sizes: dict[str, int]
+    curves: dict[str, list[list[Any]]]
+    chosen: dict[str, int] = field(default_factory=dict)
+
+    def ranked(self) -> list[str]:
+        """Return the layers, by their loss at the fewest bits, the highest first."""
+        return sorted(self.curves, key=lambda layer: -self.curves[layer][-1][1]["loss"])
+
+    def losses(self) -> dict[str, dict[int, float]]:
+        """Return what each layer adds to the loss, by its bits.
+
+        Example:
+            >>> curves = {"fc": [[8, {"loss": 1.5}], [2, {"loss": 3.0}]]}
+            >>> Bits("baseline", "accuracy", "", {"loss": 1.0}, {"fc": 6}, curves).losses()
+            {'fc': {8: 0.5, 2: 2.0}}
+        """
+        return {
+            layer: {bits: values["loss"] - self.whole["loss"] for bits, values in points}
+            for layer, points in self.curves.items()
+        }
+
+
+@dataclass(frozen=True)
 class Target:
     """A limit that the network was to be brought under.
 
@@ -151,6 +192,7 @@ class Report:
         machine: From ``describe_machine``.
         notes: Sentences a reader needs to judge the figures.
         sensitivity: What each layer's silence costs, where that was measured.
+        bits: What few bits in each layer cost, where that was measured.
         target: What pruning was to reach, where it had such a target.
     """
 
@@ -164,6 +206,7 @@ class Report:
     machine: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
+    bits: Bits | None = None
     target: Target | None = None
 
     def metric(self, stage: Stage) -> float | None:

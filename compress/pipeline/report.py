@@ -9,6 +9,7 @@ from typing import Any
 from compress.measure.cost import widths
 from compress.measure.machine import describe_machine
 from compress.measure.report import LatencyRow, Report, Stage, Target, report_table, write_report
+from compress.pipeline.bits import read_bits
 from compress.pipeline.rundir import RunDirectory
 from compress.pipeline.sensitivity import read_sensitivity
 from compress.surgery import History
@@ -47,6 +48,7 @@ def report(run: RunDirectory) -> None:
         machine=describe_machine(),
         notes=_notes(run, tested),
         sensitivity=read_sensitivity(run),
+        bits=read_bits(run),
         target=_target(history),
     )
     html = write_report(result, run.path)

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module, fingerprint_tensors
@@ -21,26 +20,38 @@ from compress.errors import EditError, RecipeError, RunError
 from compress.measure.report import Sensitivity
 from compress.measure.sensitivity import save_sensitivity
 from compress.measure.table import sensitivity_table
+from compress.pipeline.bits import measure_layers
 from compress.pipeline.fit import fit_baseline
+from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.prune import CRITERIA, Anatomy, StructuredPruning, measure_sensitivity, score_groups, study
 from compress.prune.criteria import Gradients, measure_activations
-from compress.prune.sensitivity import RATIOS, judging, num_silent
+from compress.prune.sensitivity import RATIOS, num_silent
+from compress.quantize.sensitivity import BITS
 
 __all__ = ["read_sensitivity", "sensitivity"]
 
 _NAME = "sensitivity"
 
 
-def sensitivity(run: RunDirectory, *, ratios: Sequence[float] = RATIOS) -> None:
+def sensitivity(
+    run: RunDirectory,
+    *,
+    ratios: Sequence[float] = RATIOS,
+    bits: Sequence[int] = BITS,
+    average_bits: float | None = None,
+) -> None:
     """Measure the network before pruning with part of each layer silent; a measurement that was stopped goes on.
 
-    The network is the distilled student where the run has it, else the student alone, which is trained first. Leaves
-    ``sensitivity.json``, written anew after every point, and ``sensitivity.png`` and ``.svg``.
+    Where the recipe quantises, the weights of each layer are also measured at few bits, and that alone where it does
+    not prune. The network is the distilled student where the run has it, else the student alone, which is trained
+    first. Leaves ``sensitivity.json``, written anew after every point, and ``sensitivity.png`` and ``.svg``.
 
     Args:
         run: The run directory.
         ratios: Fractions of each layer's units to silence, between 0 and 1.
+        bits: Bits of weights to try, 2 to 8.
+        average_bits: Share bits out so that a weight has so many on average, at most.
 
     Raises:
         RecipeError: when a ratio is out of range.
@@ -57,6 +68,10 @@ def sensitivity(run: RunDirectory, *, ratios: Sequence[float] = RATIOS) -> None:
     if not run.is_main_process:
         return
     run.console.rule(f"[bold]sensitivity[/] of the network of stage {stage!r}")
+    if run.recipe.quantize is not None:
+        measure_layers(run, stage, bits=bits, average_bits=average_bits)
+        if run.recipe.prune is None:
+            return
     measured = _measure(run, stage, ratios)
     for path in save_sensitivity(measured, run.path):
         run.console.print(f"picture: {path}", soft_wrap=True)
@@ -84,8 +99,8 @@ def read_sensitivity(run: RunDirectory) -> Sensitivity | None:
 def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitivity:
     recipe, pruning = run.recipe, run.recipe.prune or StructuredPruning()
     criterion = pruning.wishes.criterion
-    loader, num_batches = _validation(run)
-    network, device = run.network(stage)[0], _device(run)
+    loader, num_batches = validation(run)
+    network, device = run.network(stage)[0], device_of(run)
     first = next(iter(loader))
     inputs = [tensor[:2].to(device) for tensor in read_batch(first).inputs]
     anatomy = study(network.to(device), inputs, ignore=pruning.ignore, heads=pruning.heads)
@@ -129,7 +144,7 @@ def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitiv
             measure_sensitivity(
                 anatomy,
                 _scores(run, anatomy, criterion, islice(loader, num_batches), device),
-                lambda changed: _judge(run, changed, islice(loader, num_batches), device),
+                lambda changed: judge(run, changed, islice(loader, num_batches), device),
                 ratios=ratios,
                 done=curves,
                 on_point=on_point,
@@ -168,22 +183,6 @@ def _file(run: RunDirectory) -> Path:
     return run.path / f"{_NAME}.json"
 
 
-def _device(run: RunDirectory) -> torch.device:
-    cpu = str(run.recipe.trainer.get("accelerator", "auto")) == "cpu" or not torch.cuda.is_available()
-    return torch.device("cpu" if cpu else "cuda")
-
-
-def _validation(run: RunDirectory) -> tuple[DataLoader, int]:
-    """Return the validation loader, and how many of its batches the Trainer would see."""
-    run.recipe.data.prepare_data()
-    run.recipe.data.setup("fit")
-    loader = run.recipe.data.val_dataloader()
-    limit = run.recipe.trainer.get("limit_val_batches")
-    share = 1.0 if limit is None else limit
-    num = share if isinstance(share, int) or share > 1 else share * len(loader)
-    return loader, max(1, min(int(num), len(loader)))
-
-
 def _scores(
     run: RunDirectory, anatomy: Anatomy, criterion: str, batches: Iterable[Any], device: torch.device
 ) -> dict[str, Tensor]:
@@ -203,21 +202,6 @@ def _scores(
             gradients.update(anatomy.network)
         anatomy.network.zero_grad()
     return score_groups(anatomy, criterion, gradients=gradients)
-
-
-def _judge(run: RunDirectory, network: nn.Module, batches: Iterable[Any], device: torch.device) -> dict[str, float]:
-    """Return the mean loss and the metrics of a network on the validation batches, in float32."""
-    task = run.recipe.task
-    metrics = task.metrics("").to(device)
-    loss, num_samples = 0.0, 0
-    with judging(network):
-        for batch in batches:
-            given = read_batch(move_data_to_device(batch, device))
-            outputs = network(*given.inputs, **given.named)
-            loss += given.size * float(task.loss(outputs, given.targets))
-            metrics.update(outputs, given.targets)
-            num_samples += given.size
-    return {"loss": loss / num_samples, **{name: float(value) for name, value in metrics.compute().items()}}
 
 
 def _text(run: RunDirectory, *keys: str) -> str:

@@ -68,8 +68,8 @@ class Judge:
     """Counts what is judged, and is interrupted after some points."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, stop: float = float("inf")) -> None:
-        self.count, self.stop, self.judge = 0, stop, step._judge
-        monkeypatch.setattr(step, "_judge", self)
+        self.count, self.stop, self.judge = 0, stop, step.judge
+        monkeypatch.setattr(step, "judge", self)
 
     def __call__(self, *arguments: Any) -> Any:
         if self.count == self.stop:
@@ -217,7 +217,7 @@ def test_help_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
 def test_fewer_validation_batches_are_taken_as_the_trainer_takes_them(run: Path) -> None:
     for limit, num in [("0.5", 1), ("99", 2), ("null", 2)]:
         opened = open_run(run, overrides=["--trainer.limit_val_batches", limit], console=Console(quiet=True))
-        assert step._validation(opened)[1] == num
+        assert step.validation(opened)[1] == num
 
 
 def test_the_report_has_the_curves(run: Path) -> None:

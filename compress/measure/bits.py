@@ -1,0 +1,87 @@
+"""A picture of what a network loses with the weights of one layer at few bits, and of the bits that were chosen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, new_figure, page_svg, shorten, style
+from compress.measure.results import Bits
+
+__all__ = ["bits_svg", "save_bits"]
+
+_MOST_CURVES = 12
+
+
+def bits_svg(bits: Bits) -> str:
+    """Draw the curves of the most sensitive layers, at most twelve.
+
+    Returns:
+        An ``<svg>`` element in the page's colours; empty where nothing is measured.
+    """
+    with mpl.rc_context(style(PAGE)):
+        return page_svg(_draw(bits, PAGE), f"{bits.metric} with few bits in one layer") if bits.curves else ""
+
+
+def save_bits(bits: Bits, directory: str | os.PathLike[str]) -> list[Path]:
+    """Write the picture as ``bits.png`` and ``bits.svg``; each appears whole or not at all.
+
+    Returns:
+        The files; none where nothing is measured.
+    """
+    if not bits.curves:
+        return []
+    paths = [Path(directory) / f"bits.{kind}" for kind in ("png", "svg")]
+    with mpl.rc_context(style(LIGHT)):
+        figure = _draw(bits, LIGHT)
+        for path in paths:
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            try:
+                metadata = {"Date": None} if path.suffix == ".svg" else {}
+                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    return paths
+
+
+def _draw(bits: Bits, palette: Palette) -> Figure:
+    figure = new_figure(9.2, 3.7)
+    layers = bits.ranked()[:_MOST_CURVES]
+    tried = sorted({num for points in bits.curves.values() for num, _ in points}, reverse=True)
+    panels = {bits.metric: (100.0, f"validation {bits.metric}, %"), "loss": (1.0, "validation loss")}
+    handles = []
+    for position, (name, (factor, title)) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), position + 1)
+        for number, layer in enumerate(layers):
+            points = {num: factor * values[name] for num, values in bits.curves[layer]}
+            places = [tried.index(num) for num in points]
+            color = palette.series[number % NUM_SERIES]
+            dash = "-" if number < NUM_SERIES else (0, (3, 2))
+            (handle,) = axes.plot(
+                places, list(points.values()), color=color, linestyle=dash, linewidth=1.5, marker="o", ms=3
+            )
+            if layer in bits.chosen:
+                here = bits.chosen[layer]
+                axes.plot(tried.index(here), points[here], color=color, marker="o", ms=8, fillstyle="none")
+            handles += [handle] if position == 0 else []
+        axes.axhline(factor * bits.whole[name], color=palette.muted, linewidth=0.8, linestyle=(0, (1, 2)), zorder=1)
+        axes.set_title(title)
+        axes.set_xlabel("bits of the weights of one layer")
+        axes.set_xticks(range(len(tried)), [str(num) for num in tried])
+    figure.legend(
+        handles,
+        [shorten(layer) for layer in layers],
+        loc="outside right upper",
+        frameon=False,
+        labelcolor=palette.foreground,
+        title="most sensitive first",
+        alignment="left",
+        handlelength=1.8,
+        fontsize=8.5,
+        title_fontsize=8.5,
+    )
+    return figure

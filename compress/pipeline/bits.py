@@ -1,0 +1,102 @@
+"""Measure what the weights of each layer lose at few bits, and share bits out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+from compress.distill.cache import fingerprint_module
+from compress.errors import RecipeError, RunError
+from compress.measure.bits import save_bits
+from compress.measure.results import Bits
+from compress.pipeline.judging import device_of, judge, validation
+from compress.pipeline.rundir import RunDirectory
+from compress.quantize.allocation import allocate_bits
+from compress.quantize.sensitivity import BITS, measure_bits, num_weights
+
+__all__ = ["measure_layers", "read_bits"]
+
+_NAME = "bits"
+
+
+def measure_layers(
+    run: RunDirectory, stage: str, *, bits: Sequence[int] = BITS, average_bits: float | None = None
+) -> None:
+    """Measure the network with the weights of one layer after the other at few bits; what was stopped goes on.
+
+    Leaves ``bits.json``, written anew after every point, and ``bits.png`` and ``.svg``; with a target, what
+    each layer gets is in there, too.
+
+    Args:
+        run: The run directory.
+        stage: Which of its networks.
+        bits: Bits to try, 2 to 8.
+        average_bits: Bits a weight may have on average.
+
+    Raises:
+        RecipeError: when bits are out of range, or the target is below the fewest.
+    """
+    for num in bits:
+        if not 2 <= num <= 8:
+            raise RecipeError(f"bits: expected numbers from 2 to 8, got {num}. Use 8 4 2, say.")
+    network = run.network(stage)[0].to(device_of(run))
+    loader, num_batches = validation(run)
+    measured_on = f"{fingerprint_module(network)}, {num_batches} batches"
+    before = read_bits(run)
+    if before is not None and before.measured_on != measured_on:
+        run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
+        before = None
+    curves = {} if before is None else before.curves
+
+    def loss(changed: Any) -> dict[str, float]:
+        return judge(run, changed, islice(loader, num_batches), device_of(run))
+
+    result = Bits(
+        stage=stage,
+        metric=run.recipe.task.metric,
+        measured_on=measured_on,
+        whole=loss(network) if before is None else before.whole,
+        sizes=num_weights(network),
+        curves=curves,
+    )
+
+    def on_point(layer: str, num: int, values: dict[str, float]) -> None:
+        curves[layer] = sorted([*curves.get(layer, []), [num, values]], key=itemgetter(0), reverse=True)
+        run.write_json(_NAME, asdict(result))
+        run.console.print(f"{layer} at {num} bits: loss {values['loss']:.4f}", soft_wrap=True)
+
+    done = {layer: {num: values for num, values in points} for layer, points in curves.items()}  # noqa: C416
+    measure_bits(network, loss, bits=bits, done=done, on_point=on_point)
+    if average_bits is not None:
+        result = replace(result, chosen=allocate_bits(result.losses(), result.sizes, average_bits=average_bits))
+    run.write_json(_NAME, asdict(result))
+    for path in save_bits(result, run.path):
+        run.console.print(f"picture: {path}", soft_wrap=True)
+    for layer, num in result.chosen.items():
+        run.console.print(f"{layer}: {num} bits", soft_wrap=True, markup=False)
+
+
+def read_bits(run: RunDirectory) -> Bits | None:
+    """Return what a run directory holds of a measurement, finished or not.
+
+    Raises:
+        RunError: when the file is another one.
+    """
+    if not _file(run).exists():
+        return None
+    try:
+        return Bits(**json.loads(_file(run).read_text()))
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise RunError(
+            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
+            f"Delete it and measure again: compress sensitivity {run.path}"
+        ) from error
+
+
+def _file(run: RunDirectory) -> Path:
+    return run.path / f"{_NAME}.json"

@@ -1,0 +1,98 @@
+"""``compress sensitivity`` of a recipe that quantises: each layer's loss at few bits, gone on with, bits shared out."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress.cli
+from compress.errors import RunError
+from compress.measure.bits import bits_svg
+from compress.measure.report import read_report, write_report
+from compress.measure.results import Bits
+from compress.pipeline import open_run
+from compress.pipeline.bits import read_bits
+from compress.pipeline.judging import judge, validation
+from compress.quantize.sensitivity import num_weights, rounded
+from tests.measure.samples import sample_report
+from tests.pipeline.test_sensitivity import WORDS
+
+step: Any = importlib.import_module("compress.pipeline.bits")
+GIVEN = [*WORDS, "--quantize", "{scheme: int8, start: 0.5}", "--prune", "null"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("bits") / "run"
+    words = ["--bits", "8", "2", "--average_bits", "5", "--run_dir", str(path)]
+    assert compress.cli.main(["sensitivity", "digits", *words, *GIVEN]) == 0
+    return path
+
+
+def test_each_point_is_the_network_with_that_layer_rounded(measured: Path) -> None:
+    run = open_run(measured)
+    bits = read_bits(run)
+    assert bits is not None
+    network = run.network("baseline")[0].eval()
+    assert bits.sizes == num_weights(network)
+    assert list(bits.curves) == list(bits.sizes)
+    assert all([num for num, _ in points] == [8, 2] for points in bits.curves.values())
+    loader, _ = validation(run)
+    cpu = torch.device("cpu")
+    assert judge(run, network, loader, cpu) == bits.whole
+    layer = list(bits.curves)[1]
+    before = network.get_parameter(f"{layer}.weight").clone()
+    with rounded(network, layer, 2):
+        assert len(network.get_parameter(f"{layer}.weight")[0].unique()) <= 4
+        assert judge(run, network, loader, cpu) == bits.curves[layer][1][1]
+    assert torch.equal(network.get_parameter(f"{layer}.weight"), before)
+    assert all(abs(of_layer[8]) < 0.02 < max(map(abs, of_layer.values())) for of_layer in [bits.losses()[layer]])
+
+
+def test_bits_are_shared_out_within_the_target(measured: Path) -> None:
+    bits = read_bits(open_run(measured))
+    assert bits is not None
+    spent = sum(bits.sizes[layer] * num for layer, num in bits.chosen.items())
+    assert spent <= 5 * sum(bits.sizes.values())
+    assert set(bits.chosen.values()) == {8, 2}
+    assert (measured / "bits.png").stat().st_size > 5000
+    svg = bits_svg(bits)
+    assert all(layer in svg for layer in bits.sizes)
+
+
+def test_what_was_stopped_goes_on(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = measured / "bits.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"curves": dict(list(whole["curves"].items())[:-1])}))
+    judged: list[int] = []
+
+    def counted(*given: Any) -> dict[str, float]:
+        judged.append(1)
+        return judge(*given)
+
+    monkeypatch.setattr(step, "save_bits", lambda *_: [])
+    monkeypatch.setattr(step, "judge", counted)
+    assert compress.cli.main(["sensitivity", str(measured), "--bits", "8", "2", "--average_bits", "5"]) == 0
+    assert len(judged) == 2
+    assert json.loads(path.read_text()) == whole
+    path.write_text("{}")
+    with pytest.raises(RunError, match="expected a measurement of this version"):
+        read_bits(open_run(measured))
+    path.write_text(json.dumps(whole))
+
+
+def test_the_report_has_a_picture_of_the_most_sensitive_layers(tmp_path: Path) -> None:
+    curves = {f"layer{n}": [[8, {"loss": 1.0, "f1": 0.9}], [2, {"loss": 1.0 + n, "f1": 0.5}]] for n in range(20)}
+    bits = Bits("baseline", "f1", "", {"loss": 1.0, "f1": 0.9}, dict.fromkeys(curves, 10), curves)  # type: ignore[arg-type]
+    svg = bits_svg(bits)
+    assert [layer for layer in curves if f">{layer}<" in svg] == [f"layer{n}" for n in range(8, 20)]
+    assert bits_svg(Bits("baseline", "f1", "", {}, {}, {})) == ""
+    page = write_report(replace(sample_report(), bits=bits), tmp_path)
+    assert "Bits of the layers" in Path(page).read_text()
+    assert read_report(tmp_path).bits == bits
