@@ -110,6 +110,17 @@ def test_a_channel_of_zeros_stays_zero() -> None:
     assert torch.equal(convert(prepared)(x)[:, 1], torch.full((16,), 0.25))
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8_portable"])
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_a_constant_activation_comes_back(scheme: str, value: float) -> None:
+    layer, x = nn.Linear(3, 2), torch.full((8, 3), value)
+    prepared = prepare(nn.Sequential(layer), [x[:2]], scheme)
+    calibrate(prepared, [(x,)])
+    with torch.no_grad():
+        got, expected = convert(prepared)(x), layer(x)
+    assert torch.allclose(got, expected, atol=0.03)
+
+
 def test_layers_that_are_kept_are_exact(trained: Residual) -> None:
     x, _ = images(64)
     prepared = prepare(copy.deepcopy(trained), [x[:2]], "int8", keep=["stem", "conv*"])
