@@ -25,6 +25,7 @@ from compress.errors import CompressError, RecipeError
 from compress.export import TARGETS
 from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
+from compress.quantize.layers import engine_mistakes
 
 __all__ = [
     "Distill",
@@ -184,6 +185,8 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
             f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}. "
             "Name at least one target."
         )
+    if recipe.quantize is not None:
+        yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
     for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
         value = getattr(recipe.export, key)
         if not 0 <= value <= 1:

@@ -52,7 +52,7 @@ def preflight(recipe: Recipe) -> None:
     if recipe.sparsify is not None:
         recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
-        prepare(student, inputs, recipe.quantize.scheme, keep=recipe.quantize.keep)
+        prepare(student, inputs, recipe.quantize.assignment)
 
 
 def _two_samples(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

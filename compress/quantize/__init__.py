@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from compress.quantize.calibrate import calibrate
 from compress.quantize.coverage import Coverage, coverage
+from compress.quantize.layers import Assignment, make_assignment
 from compress.quantize.pt2e import convert, prepare, replay_quantize
 from compress.quantize.ranges import RANGES
-from compress.quantize.schemes import SCHEMES, Scheme, get_scheme
+from compress.quantize.schemes import SCHEMES, Scheme, get_scheme, register
 
 if TYPE_CHECKING:
     from compress.quantize.callback import QuantizationAwareTraining
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RANGES",
     "SCHEMES",
+    "Assignment",
     "Coverage",
     "QuantizationAwareTraining",
     "Scheme",
@@ -24,7 +26,9 @@ __all__ = [
     "convert",
     "coverage",
     "get_scheme",
+    "make_assignment",
     "prepare",
+    "register",
     "replay_quantize",
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
+from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
-from compress.quantize.schemes import get_scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, inputs_of, progress
 from compress.surgery.slicing import shapes_of
@@ -34,10 +34,13 @@ class QuantizationAwareTraining(ModelEditor):
     from training batches that pass through the float network in evaluation (``calibrate``).
 
     Args:
-        scheme: What is quantised and how, one of ``SCHEMES``.
+        scheme: What is quantised and how, one of ``SCHEMES``, or ``w4a8`` and the like.
         start: Progress in [0, 1] from which on fake quantization works.
         freeze_batchnorm: Progress from which on BatchNorm statistics and activation ranges stand still.
-        keep: Patterns of layer names that stay in floating point, as ``fc`` or ``stages.0.*``.
+        layers: Schemes of layers by patterns of their names, as ``{"stages.0.*": "w4a8", "fc": "float"}``; of several
+            that match the last one counts.
+        keep: Patterns of layers that stay in floating point: ``float`` in ``layers``, after all others.
+        first_last: Scheme of the first and the last layer; by default what the scheme says, ``int8`` for low bits.
         ranges: How a range follows from calibration data, with ``start=1``: one of ``RANGES``.
         num_batches: Training batches to calibrate with, at most.
         learn_steps: Whether steps are parameters, trained with the weights to the end (``compress.quantize.lsq``); they
@@ -57,7 +60,9 @@ class QuantizationAwareTraining(ModelEditor):
         *,
         start: float = 0.7,
         freeze_batchnorm: float = 0.9,
+        layers: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
+        first_last: str | None = None,
         ranges: str = "mse",
         num_batches: int = 32,
         learn_steps: bool = False,
@@ -78,14 +83,18 @@ class QuantizationAwareTraining(ModelEditor):
                 f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
                 "Freeze after quantization has started."
             )
+        self.assignment = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
         if learn_steps and start == 1:
             raise RecipeError(
                 "quantize.learn_steps: expected training in integers, got start 1. Set start below 1, or leave it out."
             )
-        self.scheme = get_scheme(scheme).name
+        if learn_steps and (others := [scheme.name for scheme in self.assignment.schemes if not scheme.fixed_steps]):
+            raise RecipeError(
+                "quantize.learn_steps: expected schemes of integers with a step for a channel or a tensor, got "
+                f"{', '.join(others)}. Leave it out, or choose another quantize.scheme."
+            )
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
-        self.keep = tuple(keep)
         self.ranges = ranges
         self.num_batches = num_batches
         self.learn_steps = learn_steps
@@ -141,8 +150,7 @@ class QuantizationAwareTraining(ModelEditor):
         if history_of(pl_module).count(self.kind):
             return
         data = {
-            "scheme": self.scheme,
-            "keep": list(self.keep),
+            **write_assignment(self.assignment),
             "inputs": describe_inputs(example_inputs(pl_module, batch)),
             "shapes": shapes_of(self.network(pl_module), {}),
             "learn_steps": self.learn_steps,

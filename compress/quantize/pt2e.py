@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,45 +10,58 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.errors import CaptureError, RecipeError
-from compress.quantize.annotate import PRODUCTS, annotate_rest, layer_of, weights_of
+from compress.errors import CaptureError
+from compress.quantize.annotate import PRODUCTS, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
 from compress.quantize.fold import fold_norms, hide_norms, show_norms, store_weights
+from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
+from compress.quantize.quantizer import make_quantizer, without_dynamic_notes
 from compress.quantize.ranges import around_zero
-from compress.quantize.schemes import get_scheme
+from compress.quantize.schemes import Scheme
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.slicing import check_shapes
 
 __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
-_NOTE = "quantization_annotation"
 
 
-def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: Sequence[str] = ()) -> Captured:
+def prepare(
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    scheme: str | Scheme | Assignment,
+    *,
+    layers: Mapping[str, str | Scheme] | None = None,
+    keep: Sequence[str] = (),
+    first_last: str | Scheme | None = None,
+) -> Captured:
     """Capture a network and put fake quantization around what the scheme quantises.
 
     Args:
         network: A float network; its parameters are shared with the result, under the same names.
         inputs: Example inputs, at least two samples each.
-        scheme: A name in ``SCHEMES``.
-        keep: Patterns of layer names that stay in floating point, as ``fc`` or ``stages.0.*``.
+        scheme: A name in ``SCHEMES``, ``w4a8`` and the like, a scheme of yours; or all that follows in one.
+        layers: Schemes of layers by patterns of their names, as ``{"stages.0.*": "w4a8", "fc": "float"}``; of several
+            that match the last one counts.
+        keep: Patterns of layers that stay in floating point: ``float`` in ``layers``, after all others.
+        first_last: Scheme of the first and the last layer; by default what the scheme says.
 
     Returns:
         A module that trains like the network, seeing what int8 will do to it.
 
     Raises:
         CaptureError: when the network cannot be captured, or nothing in it can be quantised.
-        RecipeError: when the scheme is unknown, or a pattern matches no layer that could be quantised.
+        RecipeError: when a scheme is unknown, or a pattern matches no layer that could be quantised.
     """
     from torchao.quantization.pt2e.quantize_pt2e import prepare_qat_pt2e
 
-    quantizer = get_scheme(scheme).quantizer()
+    if not isinstance(scheme, Assignment):
+        scheme = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
     captured = capture(network, inputs).train()
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     normalize(captured.graph_module)
-    _keep(quantizer, _matching(captured.graph_module, keep))
+    quantizer = make_quantizer(scheme, captured.graph_module)
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
     try:
@@ -63,6 +75,8 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: 
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             module.register_forward_pre_hook(_in_float32)
+            if hasattr(module, "scale_of"):
+                continue  # has no zero point to be kept at zero
             if module.qscheme == torch.per_tensor_symmetric:
                 module.register_forward_pre_hook(_around_zero)
             if module.qscheme == torch.per_channel_symmetric:
@@ -70,8 +84,8 @@ def prepare(network: nn.Module, inputs: Sequence[Tensor], scheme: str, *, keep: 
     prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
-            f"quantize: expected convolutions or linear layers that scheme {scheme!r} can quantise, got none in "
-            f"{type(network).__name__}. Leave quantize out."
+            f"quantize: expected convolutions or linear layers that scheme {scheme.scheme.name!r} can quantise, "
+            f"got none in {type(network).__name__}. Leave quantize out."
         )
     return prepared
 
@@ -87,14 +101,18 @@ def convert(prepared: Captured) -> Captured:
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
+    from compress.quantize.fake import write_clips
+
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     _as_trained(twin.graph_module)
     fold_norms(twin.graph_module)
     store_weights(twin.graph_module)
     hide_norms(twin.graph_module)
+    without_dynamic_notes(twin.graph_module)
     converted = convert_pt2e(twin.graph_module)
     show_norms(converted)
+    write_clips(converted)
     _drop_unused(converted)
     return Captured(converted).eval()
 
@@ -123,7 +141,7 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
     check_shapes(network, edit.data.get("shapes"))
     device = next(network.parameters()).device
     inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
-    prepared = prepare(network, inputs, edit.data["scheme"], keep=edit.data.get("keep", ())).to(device)
+    prepared = prepare(network, inputs, read_assignment(edit.data)).to(device)
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):
@@ -148,36 +166,6 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
 
 
-def _matching(graph_module: GraphModule, patterns: Sequence[str]) -> list[str]:
-    """Return the layers with a product whose names match, each pattern at least one."""
-    names = list(dict.fromkeys(layer_of(node) for node in graph_module.graph.nodes if node.target in PRODUCTS))
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise RecipeError(
-                f"quantize.keep: expected patterns of layers with a convolution or matrix product, got {pattern!r}. "
-                f"The layers are: {', '.join(names)}."
-            )
-    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-
-
-def _keep(quantizer: Any, layers: Sequence[str]) -> None:
-    """Let a quantizer leave layers alone; what it notes on them, with nothing inside, PT2E's fusion trips over."""
-    for name in layers:
-        quantizer.set_module_name_qconfig(name, None)
-    annotate = quantizer.annotate
-
-    def annotated(graph_module: GraphModule) -> GraphModule:
-        annotate(graph_module)
-        for node in graph_module.graph.nodes:
-            noted = getattr(node.meta.get(_NOTE), "input_qspec_map", None)
-            if noted is not None and ((node.target in PRODUCTS and not noted) or any(map(_is_integral, noted))):
-                del node.meta[_NOTE]
-        annotate_rest(graph_module, quantizer.global_config, layers)
-        return graph_module
-
-    quantizer.annotate = annotated
-
-
 def _as_trained(graph_module: GraphModule) -> None:
     """Let conversion take the scales that fake quantization has used.
 
@@ -188,11 +176,6 @@ def _as_trained(graph_module: GraphModule) -> None:
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             module.calculate_qparams = lambda own=module: (own.scale.detach(), own.zero_point.long())
-
-
-def _is_integral(node: Any) -> bool:
-    value = getattr(node, "meta", {}).get("val")
-    return isinstance(value, Tensor) and not value.dtype.is_floating_point
 
 
 def _set_eps(norm: Node, eps: float) -> None:

@@ -135,7 +135,7 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
     assert not any(seen)
     (edit,) = history_of(module)
     assert edit.data["scheme"] == "int8_portable"
-    assert edit.data["keep"] == ["fc"]
+    assert {pattern: scheme["name"] for pattern, scheme in edit.data["layers"].items()} == {"fc": "float"}
     kinds = {name: t.dtype for name, t in callback.converted.state_dict().items() if t.dim() > 1}
     assert sorted(str(kind) for kind in kinds.values()) == ["torch.float32", *3 * ["torch.int8"]]
     assert kinds["fc.weight"] == torch.float32
@@ -154,8 +154,12 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
     [
         ({"start": 1.1}, r"quantize\.start: expected a value in \[0, 1\], got 1\.1"),
         ({"start": 0.5, "freeze_batchnorm": 0.4}, r"quantize\.freeze_batchnorm: expected a value in \[0\.5, 1\]"),
-        ({"scheme": "int7"}, r"quantize\.scheme: expected one of int8, int8_portable, got 'int7'"),
+        ({"scheme": "int7"}, r"quantize\.scheme: expected one of .*, or w4a8 and the like .*, got 'int7'"),
         ({"ranges": "magic"}, r"quantize\.ranges: expected one of minmax, .*, got 'magic'"),
+        (
+            {"learn_steps": True, "layers": {"fc": "fp8"}},
+            r"quantize\.learn_steps: expected schemes of integers with a step for a channel or a tensor, got fp8",
+        ),
         ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
 )

@@ -38,7 +38,7 @@ def requires() -> dict[str, Any]:
     return {}
 
 
-def _arithmetic() -> dict[Any, Callable[..., Tensor]]:
+def _arithmetic() -> dict[Any, Callable[..., Any]]:
     if not hasattr(torch.ops, "quantized_decomposed") or not hasattr(
         torch.ops.quantized_decomposed, "quantize_per_tensor"
     ):
@@ -48,6 +48,9 @@ def _arithmetic() -> dict[Any, Callable[..., Tensor]]:
         operators.quantize_per_tensor.default: _quantize,
         operators.dequantize_per_tensor.default: _dequantize,
         operators.dequantize_per_channel.default: _dequantize_channels,
+        operators.choose_qparams.tensor: _choose,
+        operators.quantize_per_tensor.tensor: _quantize_by,
+        operators.dequantize_per_tensor.tensor: _dequantize_by,
     }
 
 
@@ -59,6 +62,25 @@ def _dequantize(
     x: Tensor, scale: float, zero_point: int, low: int, high: int, dtype: torch.dtype, *, out_dtype: Any = None
 ) -> Tensor:
     return (x.to(out_dtype or torch.float32) - zero_point) * scale
+
+
+def _choose(x: Tensor, low: int, high: int, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Find a batch's scale and zero point, as dynamic quantization does at run time."""
+    least, largest = x.amin().clamp(max=0.0), x.amax().clamp(min=0.0)
+    scale = ((largest - least) / (high - low)).clamp(min=eps)
+    zero_point = (low - torch.round(least / scale)).clamp(low, high)
+    return scale.double().reshape(1), zero_point.long().reshape(1)
+
+
+def _quantize_by(x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype) -> Tensor:
+    return (torch.round(x * (1.0 / scale).to(x.dtype)) + zero_point).clamp(low, high).to(dtype)
+
+
+def _dequantize_by(
+    x: Tensor, scale: Tensor, zero_point: Tensor, low: int, high: int, dtype: torch.dtype, *, out_dtype: Any = None
+) -> Tensor:
+    wide = out_dtype or torch.float32
+    return (x.to(wide) - zero_point) * scale.to(wide)
 
 
 def _dequantize_channels(

@@ -1,0 +1,119 @@
+"""From an assignment of schemes to the PT2E quantizer that annotates a graph with fake quantization."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from compress.quantize.annotate import PRODUCTS, annotate_rest, layer_of, weights_of
+from compress.quantize.layers import Assignment
+from compress.quantize.schemes import FLOAT, Scheme
+from compress.quantize.specs import activation_spec, weight_spec, x86_config
+
+__all__ = ["make_quantizer", "without_dynamic_notes"]
+
+_LINEAR = torch.ops.aten.linear.default
+_NOTE = "quantization_annotation"
+
+
+def make_quantizer(assignment: Assignment, graph_module: GraphModule) -> Any:
+    """Return a PT2E quantizer that carries out an assignment on a graph.
+
+    With integers on both sides of products, what runs in integers around them is what x86 can fuse; otherwise products
+    alone are annotated.
+
+    Raises:
+        RecipeError: when a pattern matches no layer that could be quantised.
+    """
+    schemes = assignment.resolve(list(dict.fromkeys(map(layer_of, _products(graph_module)))))
+    static = assignment.scheme.integer_products and not assignment.scheme.dynamic
+    return _fusing(assignment.scheme, schemes) if static else _products_alone(schemes)
+
+
+def without_dynamic_notes(graph_module: GraphModule) -> None:
+    """Drop the notes on dynamic inputs, which PT2E looks for in the graph that a copy was made of, and in vain."""
+    for node in _products(graph_module):
+        note = node.meta.get(_NOTE)
+        if note is not None:
+            specs = {
+                source: spec for source, spec in note.input_qspec_map.items() if not getattr(spec, "is_dynamic", False)
+            }
+            node.meta[_NOTE] = replace(note, input_qspec_map=specs)
+
+
+def _fusing(main: Scheme, schemes: Mapping[str, Scheme]) -> Any:
+    from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
+
+    base = x86_config(main.symmetric)
+    quantizer = X86InductorQuantizer().set_global(base)
+    for name, scheme in schemes.items():
+        if scheme.weight_bits is None:
+            quantizer.set_module_name_qconfig(name, None)
+    mixed = any(activation_spec(scheme) != base.input_activation for scheme in schemes.values() if scheme.weight_bits)
+    annotate = quantizer.annotate
+
+    def annotated(graph_module: GraphModule) -> GraphModule:
+        annotate(graph_module)
+        for node in graph_module.graph.nodes:
+            if any(map(_is_integral, getattr(node.meta.get(_NOTE), "input_qspec_map", None) or ())):
+                del node.meta[_NOTE]
+        annotate_rest(graph_module, base, [name for name, scheme in schemes.items() if scheme.weight_bits is None])
+        for node in _products(graph_module):
+            if _NOTE in node.meta:
+                _note(node, node.meta[_NOTE], schemes)
+        if mixed:
+            _drop_outputs(graph_module)
+        return graph_module
+
+    quantizer.annotate = annotated
+    return quantizer
+
+
+def _products_alone(schemes: Mapping[str, Scheme]) -> Any:
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, Quantizer
+
+    class ProductQuantizer(Quantizer):  # type: ignore[misc]
+        def annotate(self, graph_module: GraphModule) -> GraphModule:
+            for node in _products(graph_module):
+                _note(node, QuantizationAnnotation(_annotated=True), schemes)
+            return graph_module
+
+        def validate(self, model: GraphModule) -> None:
+            pass  # what PT2E asks of a quantizer; there is nothing that the annotations could get wrong
+
+    return ProductQuantizer()
+
+
+def _products(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if node.target in PRODUCTS]
+
+
+def _note(node: Node, note: Any, schemes: Mapping[str, Scheme]) -> None:
+    """Note on a product what its layer's scheme says; a note with nothing inside goes: PT2E's fusion trips over it."""
+    scheme = schemes[layer_of(node)]
+    if scheme.linear_only and node.target is not _LINEAR:
+        scheme = FLOAT
+    # What an LSTM takes its engine rounds, step by step.
+    inputs = [] if node.target is torch.ops.aten.lstm.input else [node.args[0]]
+    wanted = dict.fromkeys(inputs, activation_spec(scheme)) | dict.fromkeys(weights_of(node), weight_spec(scheme))
+    note.input_qspec_map = {**note.input_qspec_map, **wanted}
+    node.meta[_NOTE] = note
+    if scheme.weight_bits is None:
+        del node.meta[_NOTE]
+
+
+def _drop_outputs(graph_module: GraphModule) -> None:
+    """Where products differ in what they take, a value is rounded for each that takes it and not when it is made."""
+    for node in graph_module.graph.nodes:
+        note = node.meta.get(_NOTE)
+        if note is not None and hasattr(note.output_qspec, "qscheme"):  # not what a pool shares with its input
+            note.output_qspec = None
+
+
+def _is_integral(node: Node) -> bool:
+    value = getattr(node, "meta", {}).get("val")
+    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
