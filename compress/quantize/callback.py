@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
 from compress.quantize.layers import make_assignment, write_assignment
+from compress.quantize.progressive import Stages, set_bits
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
+from compress.quantize.schemes import Scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, inputs_of, progress
 from compress.surgery.slicing import shapes_of
@@ -46,6 +48,7 @@ class QuantizationAwareTraining(ModelEditor):
         learn_steps: Whether steps are parameters, trained with the weights to the end (``compress.quantize.lsq``); they
             start at the ranges of the first batch, and each joins the group of the optimiser in which
             ``configure_optimizers`` would put it.
+        progressive: More bits first, for what has fewer than 8 in the end (``compress.quantize.progressive``).
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -66,6 +69,7 @@ class QuantizationAwareTraining(ModelEditor):
         ranges: str = "mse",
         num_batches: int = 32,
         learn_steps: bool = False,
+        progressive: Stages | None = None,
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -93,6 +97,9 @@ class QuantizationAwareTraining(ModelEditor):
                 "quantize.learn_steps: expected schemes of integers with a step for a channel or a tensor, got "
                 f"{', '.join(others)}. Leave it out, or choose another quantize.scheme."
             )
+        if progressive is not None:
+            _check_stages(progressive, self.assignment.scheme, start, freeze_batchnorm)
+        self.progressive = progressive
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
         self.ranges = ranges
@@ -131,6 +138,8 @@ class QuantizationAwareTraining(ModelEditor):
         network = self.network(pl_module)
         if isinstance(network, Captured):
             network.freeze_batchnorm = now >= self.freeze_batchnorm
+            if self.progressive is not None:
+                set_bits(network, self.progressive.bits_at(now))
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make ranges and BatchNorm statistics those of rank 0 on every rank, after each batch."""
@@ -143,6 +152,8 @@ class QuantizationAwareTraining(ModelEditor):
         if self.start == 1 and not history_of(pl_module).count(self.kind):
             self._calibrate(trainer, pl_module)
         network = self.network(pl_module)
+        if self.progressive is not None and isinstance(network, Captured):
+            set_bits(network, self.progressive.bits_at(1.0))
         self.__dict__.pop("converted", None)
         self._trained = network if isinstance(network, Captured) else None
 
@@ -181,6 +192,19 @@ class QuantizationAwareTraining(ModelEditor):
             progress=trainer.is_global_zero and bool(trainer.progress_bar_callback),
         )
         _share_ranges(trainer, network)
+
+
+def _check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -> None:
+    if stages.bits[-1] != scheme.weight_bits:
+        raise RecipeError(
+            f"quantize.progressive: expected {scheme.weight_bits} bits in the end, those of scheme {scheme.name!r}, "
+            f"got {stages.bits[-1]}. Change one of the two."
+        )
+    if not start <= stages.at[0] <= stages.at[-1] <= freeze:
+        raise RecipeError(
+            f"quantize.progressive.at: expected values in [{start}, {freeze}], from start to freeze_batchnorm, got "
+            f"{list(stages.at)}. Ranges stand still on the last bits only."
+        )
 
 
 def _share_ranges(trainer: pl.Trainer, network: nn.Module) -> None:

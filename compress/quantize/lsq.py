@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e import FakeQuantizeBase
 
+from compress.errors import RecipeError
 from compress.surgery import Captured
 
 __all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps"]
@@ -124,7 +125,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         nn.Module.__init__(self)  # the base class would make switches on the device, to be waited for at every call
         self.fake_quant_enabled, self.observer_enabled = [1], [0]
         observer = given.activation_post_process
-        self.quant_min, self.quant_max = int(observer.quant_min), int(observer.quant_max)
+        self.quant_min, self.quant_max = self.started = int(observer.quant_min), int(observer.quant_max)
         self.dtype, self.qscheme, self.ch_axis = given.dtype, given.qscheme, given.ch_axis
         self.is_per_channel, self.is_dynamic = given.is_per_channel, False
         num = shape[self.ch_axis] if self.is_per_channel else 1
@@ -139,7 +140,18 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     @property
     def scale(self) -> Tensor:
         """The steps, shape (C,), or (1,) where there is one for all."""
-        return _Steps.apply(self.log_scale, self.start)
+        return _Steps.apply(self.log_scale, self.start / self._finer)
+
+    @property
+    def zero(self) -> Tensor:
+        """The integer for zero, of the shape of ``scale``, int32."""
+        return (self.zero_point * self._finer).round().to(torch.int32)
+
+    @property
+    def _finer(self) -> float:
+        """How many steps one of those that it started with has become."""
+        low, high = self.started
+        return (self.quant_max - self.quant_min) / (high - low)
 
     @property
     def factor(self) -> float:
@@ -150,7 +162,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
-        return self.scale.detach(), self.zero_point.long()
+        return self.scale.detach(), self.zero.long()
 
     def forward(self, x: Tensor) -> Tensor:
         """Round, unless switched off."""
@@ -158,7 +170,7 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
             return x
         axis = self.ch_axis if self.is_per_channel else None
         limits: Any = {"quant_min": self.quant_min, "quant_max": self.quant_max, "axis": axis}
-        return fake_quantize(x.float(), self.scale, self.zero_point, **limits, factor=self.factor)
+        return fake_quantize(x.float(), self.scale, self.zero, **limits, factor=self.factor)
 
 
 def learn_steps(prepared: Captured) -> Captured:
@@ -169,6 +181,9 @@ def learn_steps(prepared: Captured) -> Captured:
 
     Returns:
         The same network.
+
+    Raises:
+        RecipeError: when the scheme has other than integers with steps of their own, known before they are used.
     """
     graph_module: GraphModule = prepared.graph_module
     device = next(graph_module.parameters()).device
@@ -176,6 +191,11 @@ def learn_steps(prepared: Captured) -> Captured:
     for node in graph_module.graph.nodes:
         given: Any = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if hasattr(given, "fake_quant_enabled") and not isinstance(given, LearnedFakeQuantize):
+            if hasattr(given, "convert") or given.is_dynamic:
+                raise RecipeError(
+                    "quantize.learn_steps: expected integers with one step for a tensor or a channel, got "
+                    f"{type(given).__name__}. Leave learn_steps out with dynamic schemes, groups and floats."
+                )
             shape = node.args[0].meta["val"].shape
             if id(given) not in learned:  # one module may stand under several names
                 learned[id(given)] = LearnedFakeQuantize(given, shape if given.is_per_channel else shape[1:], device)
