@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from compress.data import KeyedDataModule
 from compress.distill import Distiller, read_batch
 from compress.errors import CompressError, DataError, RecipeError
-from compress.quantize import prepare
+from compress.quantize import prepare, rehearse_improvements
 from compress.recipe import Recipe
 
 __all__ = ["load_weights", "preflight"]
@@ -24,7 +24,8 @@ def preflight(recipe: Recipe) -> None:
 
     Raises:
         DataError: when the data are missing, do not fit the networks, or cannot have keys that a cache needs.
-        RecipeError: when the teacher's checkpoint does not fit, or a loss does not fit student and teacher.
+        RecipeError: when the teacher's checkpoint does not fit, a loss does not fit student and teacher, or an
+            improvement of quantization finds nothing to work on.
         EditError: when the student cannot be pruned or made sparse, or a layer to ignore does not exist.
         CaptureError: when the student cannot be quantised.
     """
@@ -52,6 +53,7 @@ def preflight(recipe: Recipe) -> None:
     if recipe.sparsify is not None:
         recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
+        rehearse_improvements(copy.deepcopy(student), inputs, recipe.quantize.improve)
         prepare(student, inputs, recipe.quantize.assignment)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.quantize.calibrate import calibrate
 from compress.quantize.coverage import Coverage, coverage
+from compress.quantize.improve import IMPROVEMENTS, improve_network, improve_prepared, rehearse_improvements
 from compress.quantize.layers import Assignment, make_assignment
 from compress.quantize.pt2e import convert, prepare, replay_quantize
 from compress.quantize.ranges import RANGES
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from compress.quantize.callback import QuantizationAwareTraining
 
 __all__ = [
+    "IMPROVEMENTS",
     "RANGES",
     "SCHEMES",
     "Assignment",
@@ -26,9 +28,12 @@ __all__ = [
     "convert",
     "coverage",
     "get_scheme",
+    "improve_network",
+    "improve_prepared",
     "make_assignment",
     "prepare",
     "register",
+    "rehearse_improvements",
     "replay_quantize",
 ]
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
+from compress.quantize.improve import improve_network, improve_prepared, in_order
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.progressive import Stages, set_bits
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
@@ -49,6 +51,7 @@ class QuantizationAwareTraining(ModelEditor):
             start at the ranges of the first batch, and each joins the group of the optimiser in which
             ``configure_optimizers`` would put it.
         progressive: More bits first, for what has fewer than 8 in the end (``compress.quantize.progressive``).
+        improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -70,6 +73,7 @@ class QuantizationAwareTraining(ModelEditor):
         num_batches: int = 32,
         learn_steps: bool = False,
         progressive: Stages | None = None,
+        improve: Sequence[str] = (),
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -82,6 +86,11 @@ class QuantizationAwareTraining(ModelEditor):
             raise RecipeError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {ranges!r}. Choose one.")
         if num_batches < 1:
             raise RecipeError(f"quantize.num_batches: expected at least 1, got {num_batches}. Use 32, say.")
+        if improve and start < 1:
+            raise RecipeError(
+                f"quantize.improve: expected quantize.start 1, got {start}. Training would undo what is improved "
+                "without it: set start: 1, or leave improve out."
+            )
         if start < 1 and not start <= freeze_batchnorm <= 1:
             raise RecipeError(
                 f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
@@ -106,6 +115,7 @@ class QuantizationAwareTraining(ModelEditor):
         self.num_batches = num_batches
         self.learn_steps = learn_steps
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
+        self.improve = in_order(improve)
         self._trained: Captured | None = None
 
     @cached_property
@@ -182,15 +192,20 @@ class QuantizationAwareTraining(ModelEditor):
         first = next(batches, None)
         if first is None:
             raise DataError("quantize: expected training batches to calibrate with, got none. Give the Trainer data.")
+        data: Iterable[tuple[Tensor, ...]] = itertools.chain([first], batches)
+        improved: dict[str, int] = {}
+        if self.improve:
+            data = list(data)  # it passes several times
+            improved = improve_network(self.network(pl_module), data, self.improve)
         self._quantize_once(trainer, pl_module, [first if len(first) > 1 else first[0]])
         network = self.network(pl_module)
         assert isinstance(network, Captured)
-        calibrate(
-            network,
-            itertools.chain([first], batches),
-            ranges=self.ranges,
-            progress=trainer.is_global_zero and bool(trainer.progress_bar_callback),
-        )
+        shown = trainer.is_global_zero and bool(trainer.progress_bar_callback)
+        calibrate(network, data, ranges=self.ranges, progress=shown)
+        if isinstance(data, list):
+            improved |= improve_prepared(network, data, self.improve, progress=shown)
+            rank_zero_info("quantize.improve: " + ", ".join(f"{name} {num}" for name, num in improved.items()))
+            _share(trainer, dict(network.named_parameters()))
         _share_ranges(trainer, network)
 
 
@@ -209,6 +224,9 @@ def _check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -
 
 def _share_ranges(trainer: pl.Trainer, network: nn.Module) -> None:
     """Give every rank the ranges of rank 0."""
-    ranges = {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name}
-    for name, value in trainer.strategy.broadcast(ranges, src=0).items():
-        ranges[name].copy_(value)
+    _share(trainer, {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name})
+
+
+def _share(trainer: pl.Trainer, tensors: dict[str, Any]) -> None:
+    for name, value in trainer.strategy.broadcast(tensors, src=0).items():
+        tensors[name].data.copy_(value)

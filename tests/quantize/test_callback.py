@@ -160,6 +160,8 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
             {"learn_steps": True, "layers": {"fc": "fp8"}},
             r"quantize\.learn_steps: expected schemes of integers with a step for a channel or a tensor, got fp8",
         ),
+        ({"improve": ["magic"], "start": 1}, r"quantize\.improve: expected some of equalize, smooth, .*, got 'magic'"),
+        ({"improve": ["bias"]}, r"quantize\.improve: expected quantize\.start 1, got 0\.7"),
         ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
 )
