@@ -95,7 +95,8 @@ class Export:
         targets: Engines to build for.
         max_relative_error: Largest distance of an engine's outputs from the trained module's, relative to their norm.
         min_top1_agreement: Least fraction of held-out inputs on which an engine and the trained module agree.
-        min_int8_fraction: Least fraction of a compiled graph's matrix kernels that must be int8, when quantised.
+        min_int8_fraction: Least fraction of the multiply-accumulates that a compiled graph must do in int8, when
+            quantised.
         num_held_out: Validation inputs on which engines and the trained module are compared.
     """
 

@@ -1,7 +1,8 @@
 """From a trained network to an artefact that has been checked: one file per engine, a parity gate, a kernel census."""
 
 from compress.export.artifact import export_artifact
+from compress.export.counting import census
 from compress.export.gates import Gates
 from compress.export.targets import TARGETS, Census, ExportSkippedError
 
-__all__ = ["TARGETS", "Census", "ExportSkippedError", "Gates", "export_artifact"]
+__all__ = ["TARGETS", "Census", "ExportSkippedError", "Gates", "census", "export_artifact"]

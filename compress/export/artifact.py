@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError
+from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.graph import input_specs, largest_batch
-from compress.export.parity import check_parity, reference_outputs
+from compress.export.parity import check_parity, compare, reference_outputs
 from compress.export.passes import clean_up
+from compress.export.products import products
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.engines import make_engine
@@ -88,6 +90,8 @@ def export_artifact(
             versions=versions(),
             skipped=skipped,
             cleanup=cleanup.to_dict(),
+            products=[asdict(product) for product in products(program)],
+            agreement=asdict(compare(program, wanted, held_out)),
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
         sign(temporary)
@@ -142,7 +146,7 @@ def _build_one(
 ) -> tuple[Target, list[str]]:
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
-    census = target.build(program, path)
+    census = with_macs(target.build(program, path), products(program))
     parity = check_parity(make_engine(engine, path), wanted, held_out)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(

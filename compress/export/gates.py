@@ -22,7 +22,8 @@ class Gates:
         max_relative_error: Largest distance of the outputs from the trained module's, relative to their norm; at most
             ``FLOAT_TOLERANCE`` counts when nothing is quantised.
         min_top1_agreement: Least fraction of held-out inputs with the same largest output.
-        min_int8_fraction: Least fraction of int8 among the matrix kernels of a compiled graph, when quantised.
+        min_int8_fraction: Least fraction of the multiply-accumulates that a compiled graph is certain to do in int8,
+            when quantised.
     """
 
     max_relative_error: float = 0.1
@@ -56,7 +57,7 @@ def failures(engine: str, gates: Gates, census: Census | None, parity: Parity, *
         )
     if quantized and census is not None and census.int8_fraction < gates.min_int8_fraction:
         yield (
-            f"{engine}: expected at least {gates.min_int8_fraction:g} of the matrix kernels in int8 "
-            f"(export.min_int8_fraction), got {census.int8_kernels} of {census.int8_kernels + census.float_kernels}: "
-            "it would run in floating point."
+            f"{engine}: expected at least {gates.min_int8_fraction:g} of the multiply-accumulates in int8 "
+            f"(export.min_int8_fraction), got {census.int8_fraction:.3g} in {census.int8_kernels} of "
+            f"{census.int8_kernels + census.float_kernels} kernels: the rest would run in floating point."
         )

@@ -19,6 +19,7 @@ __all__ = [
     "OnnxGraph",
     "drop_metadata",
     "drop_relus",
+    "narrow_relus",
     "pool_globally",
     "quantize_biases",
     "quantize_branches",
@@ -32,6 +33,7 @@ _WEIGHTED = ("Conv", "Gemm")
 def rewrite(model: ModelProto) -> None:
     """Apply every rewriting of this file, in place."""
     graph = OnnxGraph(model)
+    narrow_relus(graph)
     drop_relus(graph)
     quantize_branches(graph)
     quantize_biases(graph)
@@ -116,6 +118,28 @@ class OnnxGraph:
         kept = [entry for entry in self.graph.initializer if entry.name in read]
         del self.graph.initializer[:]
         self.graph.initializer.extend(kept)
+
+
+def narrow_relus(graph: OnnxGraph) -> None:
+    """Quantise what comes out of a ReLU without the numbers below zero, in half the steps, in place.
+
+    A range that is symmetric around zero wastes half of its numbers there, and ONNX Runtime fuses a ReLU only where
+    nothing below zero can be said. The clipping stays where it was, to a quarter of a step.
+    """
+    for node in [node for node in graph.nodes if node.op_type == "Relu" and not graph.is_output(node.output[0])]:
+        quantizers = graph.users(node.output[0])
+        if not quantizers or any(user.op_type != "QuantizeLinear" for user in quantizers):
+            continue
+        readers = [reader for user in quantizers for reader in graph.users(user.output[0])]
+        if any(reader.op_type != "DequantizeLinear" for reader in readers):
+            continue
+        for entry in [*quantizers, *readers]:
+            found = graph.scale(entry)
+            if found is None or found[0].size != 1 or found[1].dtype != np.uint8 or int(found[1]) not in (127, 128):
+                continue
+            scale = (found[0] * np.float32((255 - int(found[1])) / 255)).astype(found[0].dtype)
+            entry.input[1] = graph.constant(f"{entry.output[0]}_half", scale)
+            entry.input[2] = graph.constant(f"{entry.output[0]}_none", np.zeros_like(found[1]))
 
 
 def drop_relus(graph: OnnxGraph) -> None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from compress.errors import ExportError
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
 
-__all__ = ["Parity", "check_parity", "reference_outputs"]
+__all__ = ["Parity", "check_parity", "compare", "reference_outputs"]
 
 _BATCH = 63  # divides no usual N: the last batch is smaller, so a fixed batch size cannot go unnoticed
 _NUM_SINGLES = 16
@@ -75,6 +76,15 @@ def check_parity(engine: Engine, wanted: np.ndarray, held_out: Sequence[Tensor])
             )
         found.append(agreement(wanted[:num], outputs))
     return Parity(*found)
+
+
+def compare(program: ExportedProgram, wanted: np.ndarray, held_out: Sequence[Tensor]) -> Agreement:
+    """Run a program as it is and compare: what an engine adds is the difference between this and its own distance."""
+    module = program.module(check_guards=False)
+    with torch.no_grad():
+        outputs = _outputs(lambda batch: [module(*batch)], held_out, _BATCH)
+    assert outputs is not None
+    return agreement(wanted, outputs)
 
 
 def _outputs(run: Callable[[list[Any]], Sequence[Any]], inputs: Sequence[Any], batch: int) -> np.ndarray | None:

@@ -76,6 +76,8 @@ class Manifest:
         skipped: Why a wanted target is not there, by engine.
         cleanup: Operators, bytes and multiply-accumulates of the program before and after cleaning, and what changed.
         max_batch: Largest batch that the files take at once, or ``None`` without a limit.
+        products: Each convolution and matrix product of the program: ``name, macs, quantized``.
+        agreement: Distance of the program, before an engine compiles it, from the trained module.
         format_version: Of this file.
     """
 
@@ -94,6 +96,8 @@ class Manifest:
     skipped: Mapping[str, str] = field(default_factory=dict)
     cleanup: Mapping[str, Any] = field(default_factory=dict)
     max_batch: int | None = None
+    products: list[Mapping[str, Any]] = field(default_factory=list)
+    agreement: Mapping[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -144,7 +148,12 @@ def check_file(directory: Path, target: Target) -> Path:
     return directory / target.file
 
 
-_OPTIONAL: dict[str, type] = {"labels": list, "preprocessing": dict, "scheme": str, "cleanup": dict, "max_batch": int}
+_OPTIONAL: dict[str, type] = {
+    **dict.fromkeys(("labels", "products"), list),
+    **dict.fromkeys(("preprocessing", "cleanup", "agreement"), dict),
+    "scheme": str,
+    "max_batch": int,
+}
 _KINDS: dict[str, type] = {
     **dict.fromkeys(("name", "created", "task"), str),
     **dict.fromkeys(("inputs", "outputs", "history"), list),

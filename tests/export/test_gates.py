@@ -26,7 +26,7 @@ def test_each_gate_names_target_figure_and_setting() -> None:
     message = reasons(batches=Agreement(1.0, 0.2, 0.9, 100), census=Census(4, 5))
     assert "aoti: expected a relative error of at most 0.1 (export.max_relative_error), got 0.2 on 100" in message
     assert "(export.min_top1_agreement), got 0.9" in message
-    assert "(export.min_int8_fraction), got 4 of 9" in message
+    assert "(export.min_int8_fraction), got 0.444 in 4 of 9 kernels" in message
 
 
 def test_a_batch_of_one_is_judged_by_itself() -> None:

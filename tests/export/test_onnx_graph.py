@@ -16,6 +16,7 @@ from compress.export.onnx_graph import (
     OnnxGraph,
     drop_metadata,
     drop_relus,
+    narrow_relus,
     pool_globally,
     quantize_biases,
     quantize_branches,
@@ -85,6 +86,15 @@ def test_a_relu_goes_where_quantization_clips() -> None:
 
 def test_a_relu_stays_where_quantization_does_not_clip() -> None:
     assert "Relu" in kinds(applied(activated(3), drop_relus))
+
+
+def test_a_symmetric_range_behind_a_relu_gives_up_what_is_below_zero() -> None:
+    x = np.random.default_rng(0).normal(size=(99, 4)).astype(np.float32) * 8
+    changed = applied(applied(activated(127), narrow_relus), drop_relus)
+    assert "Relu" not in kinds(changed)
+    wanted = np.clip(x, 0, 0.1 * (255 - 127))  # what it was clipped to
+    assert np.abs(run(changed, x) - wanted).max() < 0.51 * 0.1 * 128 / 255
+    assert "Relu" in kinds(applied(applied(activated(100), narrow_relus), drop_relus))
 
 
 def test_a_relu_stays_where_something_else_reads_it() -> None:

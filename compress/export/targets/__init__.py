@@ -28,6 +28,9 @@ class Census:
         int8_kernels: How many take integers.
         float_kernels: How many take floats.
         details: Counts by kernel name.
+        conversions: How many nodes of the graph turn floats into integers, where the engine shows them.
+        int8_macs: Multiply-accumulates of a sample that are certain to be computed in integers.
+        macs: All of them; 0 when only kernels were counted.
 
     Example:
         >>> Census(9, 1).int8_fraction
@@ -37,8 +40,13 @@ class Census:
     int8_kernels: int
     float_kernels: int
     details: dict[str, int] = field(default_factory=dict)
+    conversions: int | None = None
+    int8_macs: int = 0
+    macs: int = 0
 
     @property
     def int8_fraction(self) -> float:
-        """Fraction of int8 among all, 0 when there are none."""
+        """Fraction of int8 among all multiply-accumulates, or kernels where only these were counted; 0 of none."""
+        if self.macs:
+            return self.int8_macs / self.macs
         return self.int8_kernels / max(1, self.int8_kernels + self.float_kernels)

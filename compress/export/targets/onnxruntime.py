@@ -60,7 +60,7 @@ def census(path: Path) -> Census:
         counts = Counter(node.op_type for node in onnx.load(str(optimised), load_external_data=False).graph.node)
     int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
     kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
-    return Census(int8, floats, kept)
+    return Census(int8, floats, kept, counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"])
 
 
 def requires() -> dict[str, Any]:

@@ -55,7 +55,7 @@ def census(path: Path) -> Census:
             (int8 if precision in _INTEGERS else floats)[f"{kind} {precision}"] += 1
         elif kind == "FakeQuantize":
             others[kind] += 1
-    return Census(int8.total(), floats.total(), {**int8, **floats, **others})
+    return Census(int8.total(), floats.total(), {**int8, **floats, **others}, others.total())
 
 
 def requires() -> dict[str, Any]:

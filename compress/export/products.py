@@ -1,0 +1,159 @@
+"""What the matrix products of an exported program cost, and which of them are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+__all__ = ["Product", "int8_macs", "products"]
+
+_OPERATORS = torch.ops.aten
+_CONVOLUTIONS = {
+    _OPERATORS.conv1d.default,
+    _OPERATORS.conv2d.default,
+    _OPERATORS.conv3d.default,
+    _OPERATORS.conv1d.padding,
+    _OPERATORS.conv2d.padding,
+    _OPERATORS.conv3d.padding,
+    _OPERATORS.convolution.default,
+}
+_TRANSPOSED = {
+    _OPERATORS.conv_transpose1d.default,
+    _OPERATORS.conv_transpose2d.input,
+    _OPERATORS.conv_transpose3d.input,
+}
+_MATRICES = {_OPERATORS.matmul.default, _OPERATORS.mm.default, _OPERATORS.bmm.default}
+_RECURRENT = {_OPERATORS.lstm.input, _OPERATORS.gru.input, _OPERATORS.rnn_tanh.input, _OPERATORS.rnn_relu.input}
+# Values pass through these unchanged, only to other places.
+_VIEWS: tuple[str, ...] = (
+    "view",
+    "reshape",
+    "permute",
+    "transpose",
+    "t.",
+    "flatten",
+    "unflatten",
+    "expand",
+    "squeeze",
+    "unsqueeze",
+)
+_VIEWS += ("clone", "contiguous", "slice", "select", "unbind", "chunk", "split", "getitem", "alias", "detach")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A convolution, a matrix product, attention's two products, or a recurrent layer.
+
+    Args:
+        name: Of its node.
+        macs: Multiply-accumulates for one sample.
+        quantized: Whether all that it multiplies comes from integers.
+    """
+
+    name: str
+    macs: int
+    quantized: bool
+
+
+def products(program: ExportedProgram) -> list[Product]:
+    """List a program's products in the order of the graph.
+
+    Args:
+        program: Captured with a dynamic batch dimension; sizes that depend on it count for one sample.
+    """
+    found = []
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            macs = _macs(node)
+            if macs:
+                found.append(Product(node.name, macs, all(_from_integers(factor) for factor in _factors(node))))
+    return found
+
+
+def int8_macs(found: Iterable[Product], *, int8_kernels: int, float_kernels: int) -> int:
+    """Return how many multiply-accumulates an engine is certain to compute in integers.
+
+    An engine does not say which product a kernel stems from. A quantised product that it computes in floats is missing
+    among its integer kernels and is one too many among its float kernels, so at most the smaller of these two numbers
+    has fallen back; the largest products are taken to be the ones. Integer products that the engine merges, and
+    attention that it takes apart, cost nothing that way.
+
+    Args:
+        found: The program's products.
+        int8_kernels: Of the compiled graph.
+        float_kernels: Of the compiled graph.
+
+    Example:
+        >>> found = [Product("a", 10, True), Product("b", 30, True), Product("c", 5, False)]
+        >>> int8_macs(found, int8_kernels=2, float_kernels=1)
+        40
+        >>> int8_macs(found, int8_kernels=1, float_kernels=2)
+        10
+    """
+    found = list(found)
+    quantized = sorted(product.macs for product in found if product.quantized)
+    if not int8_kernels:
+        return 0
+    missing = max(0, len(quantized) - int8_kernels)
+    surplus = max(0, float_kernels - (len(found) - len(quantized)))
+    return sum(quantized[: len(quantized) - min(missing, surplus)])
+
+
+def _macs(node: Node) -> int:
+    target: Any = node.target
+    if target in _RECURRENT:
+        return _recurrent_macs(node)
+    if target is _OPERATORS.scaled_dot_product_attention.default:
+        query, key, value = (_sizes(factor) for factor in node.args[:3])
+        return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+    if target in _TRANSPOSED:
+        return prod(_sizes(node.args[0])) * prod(_sizes(node.args[1])[1:])
+    if target in _CONVOLUTIONS or target is _OPERATORS.linear.default:
+        return prod(_sizes(node)) * prod(_sizes(node.args[1])[1:])
+    if target in _MATRICES or target is _OPERATORS.addmm.default:
+        return prod(_sizes(node)) * _sizes(_factors(node)[0])[-1]
+    return 0
+
+
+def _recurrent_macs(node: Node) -> int:
+    steps = prod(_sizes(node.args[0])[:-1])
+    parameters: Any = node.args[2]
+    weights = [value for value in parameters if len(_sizes(value)) == 2]
+    return steps * sum(prod(_sizes(weight)) for weight in weights)
+
+
+def _factors(node: Node) -> list[Any]:
+    if node.target is _OPERATORS.addmm.default:
+        return list(node.args[1:3])
+    if node.target is _OPERATORS.scaled_dot_product_attention.default:
+        return list(node.args[:3])
+    return list(node.args[:2])
+
+
+def _sizes(value: Any) -> tuple[int, ...]:
+    """Return a value's sizes, one where they depend on the batch."""
+    return tuple(_for_one_sample(size) for size in value.meta["val"].shape)
+
+
+def _for_one_sample(size: int | torch.SymInt) -> int:
+    if isinstance(size, int):
+        return size
+    expression = size.node.expr
+    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+
+
+def _from_integers(value: Any) -> bool:
+    while isinstance(value, Node):
+        name = str(value.target)
+        if "dequantize" in name:
+            return True
+        if not name.removeprefix("aten.").startswith(_VIEWS) and "getitem" not in name:
+            return False
+        value = value.args[0]
+    return False

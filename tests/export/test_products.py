@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from compress.export.products import Product, int8_macs, products
+from compress.measure.cost import macs
+from compress.surgery.capture import export_program
+from tests.export.networks import KINDS, network
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_cost_what_the_profiler_counts(kind: str) -> None:
+    made = network(kind)
+    found = products(made.program)
+    assert sum(product.macs for product in found) == macs(made.reference, [made.inputs[:1]])
+    assert not any(product.quantized for product in found)
+
+
+def test_a_converted_network_says_which_of_them_are_quantised() -> None:
+    found = products(network("cnn").integers)
+    assert [product.quantized for product in found] == [True] * 4
+    assert [product.macs for product in found] == [8 * 64 * 27, 8 * 64 * 9, 12 * 16 * 8, 12 * 4]
+
+
+def test_weights_alone_are_not_enough() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ x.transpose(1, 2)
+
+    (product,) = products(export_program(Mixed(), [torch.randn(2, 3, 5)]))
+    assert (product.macs, product.quantized) == (45, False)
+
+
+@pytest.mark.parametrize(
+    ("int8_kernels", "float_kernels", "expected"),
+    [
+        (3, 1, 111),  # as the program says
+        (2, 1, 111),  # two merged into one
+        (3, 4, 111),  # attention taken apart
+        (2, 2, 11),  # one fell back: the largest may be the one
+        (1, 3, 1),
+        (0, 4, 0),
+        (0, 0, 0),
+    ],
+)
+def test_what_an_engine_is_certain_to_do_in_integers(int8_kernels: int, float_kernels: int, expected: int) -> None:
+    found = [Product("a", 10, True), Product("b", 100, True), Product("c", 1, True), Product("d", 5, False)]
+    assert int8_macs(found, int8_kernels=int8_kernels, float_kernels=float_kernels) == expected
