@@ -186,7 +186,7 @@ def _find_weight(side: Side, layer: Layer) -> _Weight | None:
     if values.target is torch.ops.aten.mul.Tensor:
         source = values.args[0]
         factor = side.constant(values.args[1])  # type: ignore[arg-type]
-    if source.op != "get_attr" or not used_once(graph_module, [str(source.target)]):
+    if len(layer.weight.users) > 1 or source.op != "get_attr" or not used_once(graph_module, [str(source.target)]):
         return None
     module: Any = graph_module.get_submodule(str(layer.weight.target))
     weight = side.constant(values)

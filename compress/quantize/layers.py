@@ -58,7 +58,7 @@ class Assignment:
             matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
             if not matching:
                 raise RecipeError(
-                    f"quantize.layers: expected patterns of layers with a convolution or matrix product, got "
+                    f"quantize.layers, quantize.keep: expected patterns of layers with a product, got "
                     f"{pattern!r}. The layers are: {', '.join(names)}."
                 )
             chosen.update(dict.fromkeys(matching, scheme))

@@ -35,7 +35,7 @@ class Grid:
         """Return values as they come back from integers, for ranges that broadcast with them.
 
         Example:
-            >>> Grid(0, 4).round(torch.tensor([-0.3, 0.4, 0.6, 9.0]), torch.tensor(0.0), torch.tensor(4.0)).tolist()
+            >>> Grid(0, 4).round(torch.tensor([-0.6, 0.4, 0.6, 9.0]), torch.tensor(0.0), torch.tensor(4.0)).tolist()
             [0.0, 0.0, 1.0, 4.0]
         """
         steps = self.quant_max - self.quant_min

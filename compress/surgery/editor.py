@@ -62,6 +62,7 @@ def inputs_of(batch: Any, *, otherwise: str) -> tuple[Tensor, ...]:
         EditError: when the first element holds something else.
 
     Example:
+        >>> import torch
         >>> [tensor.shape for tensor in inputs_of((torch.ones(2, 3), torch.ones(2)), otherwise="")]
         [torch.Size([2, 3])]
     """
