@@ -123,12 +123,17 @@ def _macs(node: Node) -> int:
 
 def _recurrent_macs(node: Node) -> int:
     steps = prod(_sizes(node.args[0])[:-1])
+    return steps * sum(prod(_sizes(weight)) for weight in _recurrent_weights(node))
+
+
+def _recurrent_weights(node: Node) -> list[Any]:
     parameters: Any = node.args[2]
-    weights = [value for value in parameters if len(_sizes(value)) == 2]
-    return steps * sum(prod(_sizes(weight)) for weight in weights)
+    return [value for value in parameters if len(_sizes(value)) == 2]
 
 
 def _factors(node: Node) -> list[Any]:
+    if node.target in _RECURRENT:  # what they are multiplied with becomes integers at run time
+        return _recurrent_weights(node)
     if node.target is _OPERATORS.addmm.default:
         return list(node.args[1:3])
     if node.target is _OPERATORS.scaled_dot_product_attention.default:

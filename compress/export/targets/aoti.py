@@ -72,9 +72,9 @@ def count_kernels(sources: Iterable[str]) -> Census:
         sources: The files' text.
 
     Example:
-        >>> count_kernels(["aoti_torch_cpu__qlinear_pointwise_tensor(x); aoti_torch_cpu_addmm_out(y);"])
-        Census(int8_kernels=1, float_kernels=1, details={'aoti_torch_cpu__qlinear_pointwise_tensor': 1,
-        'aoti_torch_cpu_addmm_out': 1})
+        >>> found = count_kernels(["aoti_torch_cpu__qlinear_pointwise_tensor(x); aoti_torch_cpu_addmm_out(y);"])
+        >>> found.int8_kernels, found.float_kernels
+        (1, 1)
     """
     int8, floats = Counter[str](), Counter[str]()
     for code in sources:
