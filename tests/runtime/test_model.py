@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError
+from compress.measure.machine import has_vnni
 from compress.runtime import CompactModel, load
 from compress.runtime.manifest import Manifest, TensorSpec
 from compress.runtime.model import preprocess
@@ -18,6 +19,8 @@ ENGINE_NAMES = HERE
 
 @pytest.fixture(params=ENGINE_NAMES)
 def model(request: pytest.FixtureRequest) -> CompactModel:
+    if request.param == "aoti" and not has_vnni():
+        pytest.skip("without VNNI, oneDNN's int8 convolutions give other sums from call to call (torch 2.13)")
     return load(artifact(), engine=request.param)
 
 
