@@ -62,7 +62,7 @@ VARIANTS: dict[str, list[str]] = {
     "QAT w4a8, direct": ["--quantize.start", "0", "--quantize.scheme", "w4a8"],
     "QAT w4a8, progressive": [
         *("--quantize.start", "0", "--quantize.scheme", "w4a8"),
-        *("--quantize.progressive", "[[0.0, 8], [0.2, 6], [0.35, 5], [0.5, 4]]"),
+        *("--quantize.progressive", '{"bits": [8, 6, 5, 4], "at": [0.0, 0.2, 0.35, 0.5]}'),
     ],
 }
 FLOAT, FLOAT_FROM = "fp32", "PTQ int8"
