@@ -25,7 +25,7 @@ from compress.export.gates import Gates, failures
 from compress.export.graph import input_specs, largest_batch
 from compress.export.parity import check_parity, compare, reference_outputs
 from compress.export.passes import clean_up
-from compress.export.products import products
+from compress.export.products import Product, products
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.engines import make_engine
@@ -75,10 +75,11 @@ def export_artifact(
     inputs = input_specs(program)
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
+    work = products(program)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        built, skipped = _build_all(program, temporary, targets, wanted, held_out, scheme, gates, progress)
+        built, skipped = _build_all(program, work, temporary, targets, wanted, held_out, scheme, gates, progress)
         manifest = Manifest(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -90,7 +91,7 @@ def export_artifact(
             versions=versions(),
             skipped=skipped,
             cleanup=cleanup.to_dict(),
-            products=[asdict(product) for product in products(program)],
+            products=[asdict(product) for product in work],
             agreement=asdict(compare(program, wanted, held_out)),
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
@@ -104,6 +105,7 @@ def export_artifact(
 
 def _build_all(
     program: ExportedProgram,
+    work: Sequence[Product],
     folder: Path,
     targets: Sequence[str],
     wanted: np.ndarray,
@@ -120,7 +122,7 @@ def _build_all(
         for engine in targets:
             bar.update(task, description=f"building and checking {engine}")
             try:
-                built[engine], reasons = _build_one(engine, program, folder, wanted, held_out, scheme, gates)
+                built[engine], reasons = _build_one(engine, program, work, folder, wanted, held_out, scheme, gates)
                 failed += reasons
             except ExportSkippedError as error:
                 skipped[engine] = str(error)
@@ -138,6 +140,7 @@ def _build_all(
 def _build_one(
     engine: str,
     program: ExportedProgram,
+    work: Sequence[Product],
     folder: Path,
     wanted: np.ndarray,
     held_out: Sequence[Tensor],
@@ -146,7 +149,7 @@ def _build_one(
 ) -> tuple[Target, list[str]]:
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
-    census = with_macs(target.build(program, path), products(program))
+    census = with_macs(target.build(program, path), work)
     parity = check_parity(make_engine(engine, path), wanted, held_out)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(

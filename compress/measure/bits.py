@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, new_figure, page_svg, shorten, style
+from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, name_layers, new_figure, page_svg, style
 from compress.measure.results import Bits
 
 __all__ = ["bits_svg", "save_bits"]
@@ -72,16 +72,5 @@ def _draw(bits: Bits, palette: Palette) -> Figure:
         axes.set_title(title)
         axes.set_xlabel("bits of the weights of one layer")
         axes.set_xticks(range(len(tried)), [str(num) for num in tried])
-    figure.legend(
-        handles,
-        [shorten(layer) for layer in layers],
-        loc="outside right upper",
-        frameon=False,
-        labelcolor=palette.foreground,
-        title="most sensitive first",
-        alignment="left",
-        handlelength=1.8,
-        fontsize=8.5,
-        title_fontsize=8.5,
-    )
+    name_layers(figure, handles, layers, palette)
     return figure

@@ -5,13 +5,14 @@ from __future__ import annotations
 import html
 import io
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["LIGHT", "NUM_SERIES", "PAGE", "Palette", "new_figure", "page_svg", "shorten", "style"]
+__all__ = ["LIGHT", "NUM_SERIES", "PAGE", "Palette", "name_layers", "new_figure", "page_svg", "shorten", "style"]
 
 NUM_SERIES = 6
 
@@ -112,3 +113,26 @@ def shorten(name: str) -> str:
         '….encoder.encoder.encoder.encoder.weight'
     """
     return name if len(name) <= 40 else f"…{name[-39:]}"
+
+
+def name_layers(figure: Figure, handles: Sequence[Any], layers: Sequence[str], palette: Palette) -> None:
+    """Say beside the panels which line is which layer.
+
+    Args:
+        figure: Its panels draw a line for each layer.
+        handles: One of each layer's lines.
+        layers: Their names, the most sensitive first.
+        palette: Colours.
+    """
+    figure.legend(
+        handles,
+        [shorten(layer) for layer in layers],
+        loc="outside right upper",
+        frameon=False,
+        labelcolor=palette.foreground,
+        title="most sensitive first",
+        alignment="left",
+        handlelength=1.8,
+        fontsize=8.5,
+        title_fontsize=8.5,
+    )

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, new_figure, page_svg, shorten, style
+from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, name_layers, new_figure, page_svg, shorten, style
 from compress.measure.results import Sensitivity
 
 __all__ = ["save_sensitivity", "sensitivity_svg"]
@@ -97,18 +97,7 @@ def _curves(sensitivity: Sensitivity, palette: Palette) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         if name == "loss":
             _log_where_wide(axes, np.concatenate(drawn))
-    figure.legend(
-        handles,
-        [shorten(layer) for layer in layers],
-        loc="outside right upper",
-        frameon=False,
-        labelcolor=palette.foreground,
-        title="most sensitive first",
-        alignment="left",
-        handlelength=1.8,
-        fontsize=8.5,
-        title_fontsize=8.5,
-    )
+    name_layers(figure, handles, layers, palette)
     return figure
 
 
