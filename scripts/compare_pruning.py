@@ -89,14 +89,17 @@ def _rows(folders: dict[tuple[str, float, int], Path]) -> list[dict[str, Any]]:
     from compress.measure import macs
     from compress.measure.latency import measure_latency
     from compress.pipeline import open_run
-    from compress.prune import Target
     from compress.prune.allocation.latency.cost import network_call
 
+    runs = {key: open_run(folder, console=Console(quiet=True)) for key, folder in folders.items()}
+    # All of them as a pruned one was timed in its fit: the same engine, batch and threads.
+    timed = next(run.recipe.prune.wishes.target for run in runs.values() if run.recipe.prune)
     rows, calls = [], {}
-    for (method, target, seed), folder in folders.items():
-        network, history = open_run(folder, overrides=[], console=Console(quiet=True)).network("final")
+    for (method, target, seed), run in runs.items():
+        folder = folders[method, target, seed]
+        network, history = run.network("final")
         image = torch.randn(1, 1, 28, 28)
-        calls[f"{method} {target} {seed}"] = network_call(network, (image.repeat(2, 1, 1, 1),), Target(latency_ms=1.0))
+        calls[f"{method} {target} {seed}"] = network_call(network, (image.repeat(2, 1, 1, 1),), timed)
         figures = [edit.data["target"] for edit in history if "target" in edit.data]
         rows.append(
             {

@@ -26,17 +26,21 @@ def test_reads_what_was_written(tmp_path: Path, shape: tuple[int, ...]) -> None:
 CONTENT = pack_idx(np.arange(6, dtype=np.uint8))
 
 
+def packed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
         (b"plain text", "expected a whole gzip file"),
-        (gzip.compress(CONTENT)[:-9], "expected a whole gzip file"),
+        (packed(CONTENT)[:-9], "expected a whole gzip file"),
         (b"", "got nothing"),
-        (gzip.compress(CONTENT[:5]), "expected an idx file that begins with 00000801, got 00000801"),
-        (gzip.compress(b"\x00\x00\x0d\x01" + CONTENT[4:]), "begins with 00000801, got 00000d01"),
-        (gzip.compress(pack_idx(np.zeros((2, 3, 4), dtype=np.uint8))), "got 00000803.*not exchanged"),
-        (gzip.compress(CONTENT[:-1]), r"expected 6 values of shape \(6,\), got 5"),
-        (gzip.compress(CONTENT + b"\x00"), r"expected 6 values of shape \(6,\), got 7"),
+        (packed(CONTENT[:5]), "expected an idx file that begins with 00000801, got 00000801"),
+        (packed(b"\x00\x00\x0d\x01" + CONTENT[4:]), "begins with 00000801, got 00000d01"),
+        (packed(pack_idx(np.zeros((2, 3, 4), dtype=np.uint8))), "got 00000803.*not exchanged"),
+        (packed(CONTENT[:-1]), r"expected 6 values of shape \(6,\), got 5"),
+        (packed(CONTENT + b"\x00"), r"expected 6 values of shape \(6,\), got 7"),
     ],
 )
 def test_damaged_files_are_named(tmp_path: Path, raw: bytes, message: str) -> None:

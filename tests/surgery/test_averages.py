@@ -80,7 +80,9 @@ def test_the_average_keeps_its_own_values() -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", [{"avg_fn": get_ema_avg_fn(0.8)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.8)}, {}], ids=str
+    "kind",
+    [{"avg_fn": get_ema_avg_fn(0.8)}, {"multi_avg_fn": get_ema_multi_avg_fn(0.8)}, {}],
+    ids=["one by one", "all at once", "mean"],
 )
 def test_an_average_of_a_quantised_network_keeps_its_ranges(kind: dict[str, Any], tmp_path: Path) -> None:
     def callbacks() -> list[Callback]:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from compress.prune.allocation.latency.store import Store
 from compress.prune.allocation.latency.table import NOTHING, TimedWork
 from compress.prune.allocation.sizes import Extent, Sizes
 from compress.prune.allocation.work import Work, list_work
+from compress.prune.planner import apply_removal, describe_removal, least
 from tests.prune.coupling.networks import NETWORKS
 
 
@@ -63,6 +66,52 @@ def test_onnxruntime_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPat
     again = make_cost(anatomy, target)
     assert again.estimate(dict.fromkeys(anatomy.widths, 8)) == estimate
     assert again.measure(anatomy.network, anatomy.inputs) == whole.before
+
+
+def rounds(monkeypatch: pytest.MonkeyPatch, *seconds: tuple[float, float]) -> list[int]:
+    """Let rounds of two calls take what is given, the last ones again and again; return a list of one for each."""
+    seen: list[int] = []
+
+    def timed(calls: Mapping[str, object], **_: object) -> dict[str, list[float]]:
+        seen.append(1)
+        return {key: [each] for key, each in zip(calls, seconds[min(len(seen), len(seconds)) - 1])}
+
+    monkeypatch.setattr(cost, "time_calls", timed)
+    return seen
+
+
+def test_rounds_go_on_until_they_agree(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    calls = {"whole": lambda: None, "cut": lambda: None}
+    seen = rounds(monkeypatch, (4e-3, 2e-3))
+    assert cost._compare(calls, "whole", "cut") == (4.0, 0.5)
+    assert len(seen) == 4
+    # What meets both alike makes no difference, and a round that met one of them alone does not decide.
+    seen = rounds(monkeypatch, (4e-3, 2e-3), (8e-3, 4e-3), (4e-3, 4e-3), (4e-3, 1e-3), (4e-3, 2e-3))
+    assert cost._compare(calls, "whole", "cut") == (4.0, 0.5)
+    assert 4 < len(seen) < 16
+    assert not caplog.records
+    seen = rounds(monkeypatch, *[(4e-3, 2e-3), (4e-3, 3e-3)] * 8)
+    cost._compare(calls, "whole", "cut")
+    assert len(seen) == 16
+    assert "this machine is busy with other work" in caplog.text
+
+
+def test_a_machine_that_became_faster_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    anatomy, groups = small()
+    latency = LatencyCost(anatomy, Target(latency_ms=1.0, threads=1))
+    rounds(monkeypatch, (4e-3, 0.0))
+    assert latency.measure(anatomy.network, anatomy.inputs) == 4.0
+    data = describe_removal(
+        anatomy, least({each.name: each.scores for each in groups}, dict.fromkeys(anatomy.widths, 8))
+    )
+    assert data is not None
+    cut = apply_removal(copy.deepcopy(anatomy.network), data)
+    rounds(monkeypatch, (2e-3, 1e-3))
+    assert latency.measure(cut, anatomy.inputs) == 2.0
+    assert "takes 0.50 times what it took" in caplog.text
+    assert str(latency._store.path) in caplog.text
 
 
 def test_whole_networks_on_eager_leave_threads_as_they_were() -> None:

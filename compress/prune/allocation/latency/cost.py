@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -29,7 +32,13 @@ from compress.surgery.capture import export_program
 
 __all__ = ["LatencyCost", "network_call"]
 
-_SECONDS = 2.0
+log = logging.getLogger(__name__)
+
+_SECONDS = 0.5  # of each network in a round
+_NUM_ROUNDS = 4
+_MOST_ROUNDS = 16
+_PRECISION = 0.01
+_DRIFT = 0.1
 
 
 class LatencyCost:
@@ -49,6 +58,7 @@ class LatencyCost:
         self._target = target
         self._sizes = Sizes(anatomy)
         self._store = Store(target.engine, target.threads)
+        self._drifted = False
 
     def estimate(self, widths: Mapping[str, int]) -> float:
         """Return the sum of its layers' times at some widths; the first call measures what is not known yet."""
@@ -60,7 +70,8 @@ class LatencyCost:
         """Return the time of the whole network, from memory where one of the same graph and sizes has been measured.
 
         It is measured in turn with the network that is about to be pruned, whose time is known: what comes out is that
-        time multiplied by the ratio of the two, so that other work on this machine meets both alike.
+        time multiplied by the ratio of the two, so that other work on this machine meets both alike. Rounds go on until
+        they agree on the ratio; the log says where they do not, and where the machine has become faster or slower.
 
         Raises:
             CaptureError: when it cannot be exported with a dynamic batch dimension.
@@ -71,12 +82,24 @@ class LatencyCost:
         if form.key not in known:
             calls = {each.key: each.call(self._target) for each in (self._before, form)}
             with torch_threads(self._target.threads):
-                measured = {key: typical_ms(times) for key, times in time_calls(calls, seconds=_SECONDS).items()}
-            known.setdefault(self._before.key, measured[self._before.key])
-            ratio = measured[form.key] / measured[self._before.key]
+                now, ratio = _compare(calls, self._before.key, form.key)
+            if self._before.key in known:
+                self._watch(now / known[self._before.key])
+            known.setdefault(self._before.key, now)
             known.setdefault(form.key, known[self._before.key] * ratio)
             self._store.save()
         return known[form.key]
+
+    def _watch(self, drift: float) -> None:
+        """Say that milliseconds of now are not those of the store."""
+        if abs(drift - 1) > _DRIFT and not self._drifted:
+            self._drifted = True
+            log.warning(
+                "prune.target: the network takes %.2f times what it took when this machine was first measured; "
+                "milliseconds are still of then. On a machine that stays so, delete %s.",
+                drift,
+                self._store.path,
+            )
 
     @cached_property
     def _before(self) -> _Form:
@@ -93,6 +116,33 @@ class LatencyCost:
         with torch_threads(target.threads):
             measure_layers(layers, store, engine, target.threads)
         return work, {key: store.layers[key] for key in {NOTHING.key, *(layer.key for layer in layers)}}
+
+
+def _compare(calls: Mapping[str, Callable[[], object]], base: str, other: str) -> tuple[float, float]:
+    """Return milliseconds of one call and what the other takes of it, in as many rounds as it takes to agree."""
+    times: list[float] = []
+    ratios: list[float] = []
+    while len(ratios) < _MOST_ROUNDS:
+        timed = time_calls(calls, seconds=_SECONDS, warmup=2, min_runs=6)
+        measured = {key: typical_ms(each) for key, each in timed.items()}
+        times.append(measured[base])
+        ratios.append(measured[other] / measured[base])
+        if len(ratios) >= _NUM_ROUNDS and _error(ratios) <= _PRECISION:
+            break
+    else:
+        log.warning(
+            "prune.target: after %d rounds a network's time is known to %.0f %%; this machine is busy with other work",
+            len(ratios),
+            100 * _error(ratios),
+        )
+    return float(np.median(times)), float(np.median(ratios))
+
+
+def _error(ratios: Sequence[float]) -> float:
+    """Return the standard error of the median of ratios, relative to it, from the quartiles."""
+    low, middle, high = np.percentile(ratios, [25, 50, 75])
+    # A normal distribution's quartiles are 1.349 deviations apart; the median errs by 1.253 times what the mean does.
+    return float((high - low) / 1.349 * 1.253 / math.sqrt(len(ratios)) / middle)
 
 
 def network_call(network: nn.Module, inputs: Sequence[Tensor], target: Target) -> Callable[[], object]:
