@@ -12,7 +12,7 @@ import numpy as np
 
 from compress.errors import RecipeError
 
-__all__ = ["Latency", "measure_latency", "time_calls"]
+__all__ = ["Latency", "measure_latency", "progress_bar", "time_calls"]
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def time_calls(
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    with _progress_bar(progress) as advance:
+    with progress_bar(progress, "measuring latency") as advance:
         pending = list(calls)
         while pending:
             for name in pending:
@@ -106,6 +106,28 @@ def time_calls(
             pending = [name for name in calls if spent[name] < seconds or len(times[name]) < min_runs]
             advance(sum(min(1.0, value / seconds) for value in spent.values()) / len(spent))
     return times
+
+
+def progress_bar(show: bool, text: str) -> Any:
+    """Return a context with a function that sets how far it is, a fraction; the bar is drawn on the error stream.
+
+    Args:
+        show: Whether there is a bar; without, rich is not imported.
+        text: What is being done.
+    """
+    if not show:
+        return nullcontext(lambda fraction: None)
+    from rich.console import Console
+    from rich.progress import Progress
+
+    class _Bar(Progress):
+        def __enter__(self) -> Any:
+            super().__enter__()
+            task = self.add_task(text, total=1.0)
+            return lambda fraction: self.update(task, completed=fraction, refresh=True)
+
+    # Drawn between rounds only: a thread that redraws would take its share of what is measured.
+    return _Bar(console=Console(stderr=True), transient=True, auto_refresh=False)
 
 
 def _block(call: Callable[[], object], seconds: float) -> list[float]:
@@ -122,18 +144,3 @@ def _block(call: Callable[[], object], seconds: float) -> list[float]:
 def _summary(times: list[float]) -> Latency:
     p50, p95 = np.percentile(np.array(times) * 1e3, [50, 95])
     return Latency(float(p50), float(p95), len(times))
-
-
-def _progress_bar(show: bool) -> Any:
-    if not show:
-        return nullcontext(lambda fraction: None)
-    from rich.progress import Progress
-
-    class _Bar(Progress):
-        def __enter__(self) -> Any:
-            super().__enter__()
-            task = self.add_task("measuring latency", total=1.0)
-            return lambda fraction: self.update(task, completed=fraction, refresh=True)
-
-    # Drawn between rounds only: a thread that redraws would take its share of what is measured.
-    return _Bar(transient=True, auto_refresh=False)

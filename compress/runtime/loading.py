@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.errors import ArtifactError, CompressError
-from compress.measure.latency import measure_latency
 from compress.measure.machine import describe_machine
+from compress.runtime.dispatch import BUCKETS, Times, choose, measure
 from compress.runtime.engines import ENGINES, Engine, make_engine, missing_package, runs_code
+from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, check_file, read_manifest
-from compress.runtime.model import CompactModel, example_call
+from compress.runtime.model import CompactModel
 from compress.runtime.requirements import why_not
 from compress.runtime.trust import is_ours
 
@@ -37,8 +38,9 @@ def load(
     Args:
         path: The artefact's directory.
         device: ``"auto"`` or ``"cpu"``; every engine of this version runs on the CPU.
-        engine: A name, or ``"auto"``: the engines that can run here are measured once, interleaved, and the fastest
-            at batch 1 serves; the choice is remembered for this machine and artefact.
+        engine: A name, or ``"auto"``: the engines that can run here are measured once, interleaved, at a few batch
+            sizes, and each batch is served by the fastest at the nearest of them; one engine serves all where it is
+            within 3 % of the others. What was measured is remembered for this machine and artefact.
         num_threads: Threads of one call; for torch's engines this sets the number for the whole process.
         trust: Let files run code though the artefact was built elsewhere: you know who made it.
 
@@ -65,8 +67,11 @@ def load(
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
     memory = _Memory(directory, able, num_threads)
-    remembered = [name for name in able if len(able) > 1 and name == memory.read()]
-    loaded = _load_each(remembered, make, reasons) or _load_each(able, make, reasons)
+    times = memory.read() if len(able) > 1 else {}
+    winners = sorted(set(choose(times).values()), key=able.index) if times else able
+    loaded = _load_each(winners, make, reasons)
+    if len(loaded) < len(winners):  # what served here before may be one that cannot be loaded any more
+        times, loaded = {}, loaded | _load_each([name for name in able if name not in winners], make, reasons)
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     if not loaded:
         raise ArtifactError(
@@ -75,12 +80,18 @@ def load(
         )
     if reasons:
         warnings.warn(f"left out on this machine: {why}; served by: {', '.join(loaded)}", stacklevel=2)
-    chosen = next(iter(loaded))
-    if len(loaded) > 1:
-        chosen = _fastest(manifest, loaded)
-        memory.write(chosen)
-    usable = [name for name in able if name not in reasons]
-    return CompactModel(manifest, chosen, loaded[chosen], make, engines=usable)
+    if not times and len(loaded) > 1:
+        times = measure(loaded, manifest)
+        memory.write(times)
+    serves = choose(times) if times else {1: next(iter(loaded))}
+    return CompactModel(
+        manifest,
+        {name: loaded[name] for name in serves.values()},
+        make,
+        engines=[name for name in able if name in (times[1] if times else loaded)],
+        serves=serves,
+        times=times,
+    )
 
 
 def load_and_call(path: str, engine: str) -> Callable[[], object]:
@@ -116,32 +127,34 @@ def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dic
     return loaded
 
 
-def _fastest(manifest: Manifest, engines: Mapping[str, Engine]) -> str:
-    calls = {name: example_call(engine, manifest, 1) for name, engine in engines.items()}
-    measured = measure_latency(calls, seconds=2.0 / len(calls))
-    return min(measured, key=lambda name: measured[name].p50_ms)
-
-
 class _Memory:
-    """Remembers the fastest engine of an artefact on this machine, in the user's cache folder."""
+    """Remembers how fast the engines of an artefact are on this machine, in the user's cache folder."""
 
     def __init__(self, directory: Path, usable: Sequence[str], num_threads: int | None) -> None:
-        what = [(directory / "manifest.json").read_text(), list(usable), num_threads, describe_machine()]
+        what = [(directory / "manifest.json").read_text(), list(usable), num_threads, describe_machine(), BUCKETS]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
         cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress"))
-        self._file = cache / "engines" / key
+        self._file = cache / "engines" / f"{key}.json"
+        self._usable = frozenset(usable)
 
-    def read(self) -> str | None:
+    def read(self) -> Times:
+        """Return what was measured; nothing where that cannot be read."""
         try:
-            return self._file.read_text()
-        except (OSError, UnicodeDecodeError):
-            return None
+            content = json.loads(self._file.read_bytes())
+            times = {int(size): {str(k): float(v) for k, v in row.items()} for size, row in content.items()}
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return {}
+        names = set(times.get(1, {}))
+        alike = all(set(row) == names for row in times.values()) and min(times, default=0) == 1
+        positive = all(value > 0 for row in times.values() for value in row.values())
+        return times if alike and positive and len(names) > 1 and names <= self._usable else {}
 
-    def write(self, engine: str) -> None:
+    def write(self, times: Times) -> None:
+        """Keep what was measured, where the folder can be written."""
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             temporary = self._file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(engine)
+            temporary.write_text(json.dumps(times))
             os.replace(temporary, self._file)
         except OSError:
             pass  # a read-only home: measured again next time

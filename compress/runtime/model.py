@@ -9,7 +9,9 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.measure.latency import measure_latency
+from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
+from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, TensorSpec
 
 __all__ = ["CompactModel"]
@@ -22,26 +24,37 @@ class CompactModel:
 
     Args:
         manifest: What the artefact says of itself.
-        engine: Name of the engine that serves.
-        run: That engine, loaded.
+        runs: The engines that serve, loaded, by name.
         make: Loads an engine by name.
         engines: Names of all engines that can run here.
+        serves: Which of ``runs`` serves, by batch size; a batch is served as the nearest size by ratio.
+        times: What that was chosen by.
+
+    Attributes:
+        engine: Name of the engine that serves a single sample.
+        engines_by_batch: Names of the engines that serve, by batch size, where these were measured.
+        times: Median milliseconds by batch size and engine, as measured on the first load; empty where there was no
+            choice.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        engine: str,
-        run: Engine,
+        runs: Mapping[str, Engine],
         make: Callable[[str], Engine],
         *,
         engines: Sequence[str],
+        serves: Mapping[int, str],
+        times: Times | None = None,
     ) -> None:
         self.manifest = manifest
-        self.engine = engine
         self.engines = tuple(engines)
+        self.engines_by_batch = dict(serves)
+        self.times: Times = times or {}
         self._make = make
-        self._run = run
+        self._runs = dict(runs)
+        self._pick = picker(serves)
+        self.engine = self._pick(1)
 
     def __call__(self, *inputs: Any) -> Any:
         """Run a batch.
@@ -56,7 +69,11 @@ class CompactModel:
             ArtifactError: when number, shape or dtype of the inputs is not what the manifest says.
         """
         self._check(inputs)
-        return _split(self._run, inputs, self.manifest.max_batch)
+        num, largest = len(inputs[0]), self.manifest.max_batch
+        if largest is None or num <= largest:
+            return self._serve(inputs, num)
+        parts = [[value[i : i + largest] for value in inputs] for i in range(0, num, largest)]
+        return _join([self._serve(part, len(part[0])) for part in parts])
 
     def predict(self, raw: Any) -> tuple[list[str] | list[int], np.ndarray]:
         """Predict labels for raw values, with the manifest's preprocessing.
@@ -87,7 +104,7 @@ class CompactModel:
         Returns:
             Rows with ``batch, engine, threads, p50_ms, p95_ms``.
         """
-        runs = {name: self._run if name == self.engine else self._make(name) for name in self.engines}
+        runs = {name: self._runs.get(name) or self._make(name) for name in self.engines}
         rows = []
         for batch in batch_sizes:
             measured = measure_latency(
@@ -107,11 +124,16 @@ class CompactModel:
 
     @property
     def threads(self) -> int:
-        """Threads of one call."""
-        return self._run.threads
+        """Threads of one call, with a single sample."""
+        return self._runs[self.engine].threads
 
     def __repr__(self) -> str:
-        return f"CompactModel({self.manifest.name!r}, engine={self.engine!r}, scheme={self.manifest.scheme!r})"
+        several = f", engines_by_batch={self.engines_by_batch}" if len(self._runs) > 1 else ""
+        scheme = self.manifest.scheme
+        return f"CompactModel({self.manifest.name!r}, engine={self.engine!r}, scheme={scheme!r}{several})"
+
+    def _serve(self, inputs: Sequence[Any], num: int) -> Any:
+        return _call(self._runs[self._pick(num)], inputs)
 
     def _check(self, inputs: Sequence[Any]) -> None:
         specs = self.manifest.inputs
@@ -153,21 +175,6 @@ def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
     return ((raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std).astype(spec.dtype)
 
 
-def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], object]:
-    """Return a call that runs an engine on a batch of random inputs."""
-    generator = np.random.default_rng(0)
-    inputs: list[Any] = []
-    for spec in manifest.inputs:
-        shape = (batch, *(size or 1 for size in spec.shape[1:]))
-        values = generator.standard_normal(shape)
-        inputs.append(values.astype(spec.dtype) if "float" in spec.dtype else np.zeros(shape, spec.dtype))
-    if engine.takes == "torch":
-        import torch
-
-        inputs = [torch.from_numpy(array) for array in inputs]
-    return lambda: engine(inputs)
-
-
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return "numpy"
@@ -175,13 +182,8 @@ def _kind(value: Any) -> str:
     return "torch" if hasattr(value, "detach") else type(value).__name__
 
 
-def _split(engine: Engine, inputs: Sequence[Any], largest: int | None) -> Any:
-    """Run a batch in parts where it is larger than the files were captured for."""
-    num = len(inputs[0])
-    if largest is None or num <= largest:
-        return _call(engine, inputs)
-    parts = [_call(engine, [value[i : i + largest] for value in inputs]) for i in range(0, num, largest)]
-    if _kind(inputs[0]) == "numpy":
+def _join(parts: list[Any]) -> Any:
+    if _kind(parts[0]) == "numpy":
         return np.concatenate(parts)
     import torch
 

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from compress.errors import ArtifactError
 from compress.runtime import load, loading, requirements
+from compress.runtime.engines import Engine, onnxruntime
+from compress.runtime.examples import example_call
 from compress.runtime.loading import load_and_call
+from compress.runtime.manifest import Manifest
 from compress.runtime.trust import sign
 from tests.export.programs import HERE, artifact, quantized
 
@@ -32,20 +36,14 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Record what is measured, and let ONNX Runtime win."""
     seen: list[set[str]] = []
 
-    def measure(calls: dict[str, Callable[[], object]], **_: Any) -> dict[str, Any]:
-        seen.append(set(calls))
-        for call in calls.values():
-            call()
-        return {name: loading_latency(float(name != "onnxruntime")) for name in calls}
+    def measure(engines: dict[str, Engine], manifest: Manifest) -> dict[int, dict[str, float]]:
+        seen.append(set(engines))
+        for engine in engines.values():
+            example_call(engine, manifest, 2)()
+        return {size: {name: 1.0 + (name != "onnxruntime") for name in engines} for size in (1, 16)}
 
-    monkeypatch.setattr(loading, "measure_latency", measure)
+    monkeypatch.setattr(loading, "measure", measure)
     return seen
-
-
-def loading_latency(milliseconds: float) -> Any:
-    from compress.measure.latency import Latency
-
-    return Latency(milliseconds, milliseconds, 20)
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -69,6 +67,51 @@ def test_the_fastest_engine_serves_and_is_remembered(timed: list[set[str]]) -> N
     assert model.engine == again.engine == "onnxruntime"
     assert model.engines == again.engines == tuple(HERE)
     assert timed == [set(HERE)]
+    assert again.times == model.times == {size: {n: 1.0 + (n != "onnxruntime") for n in HERE} for size in (1, 16)}
+    assert again.engines_by_batch == {1: "onnxruntime", 16: "onnxruntime"}
+    assert list(model._runs) == list(again._runs) == ["onnxruntime"]  # what wins nowhere is not kept
+
+
+def test_engines_share_the_batch_sizes_where_they_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(engines: dict[str, Engine], manifest: Manifest) -> dict[int, dict[str, float]]:
+        return {size: {name: 1.0 + (name != best) for name in engines} for size, best in wins.items()}
+
+    wins = {1: "onnxruntime", 4: "eager", 16: "eager"}
+    monkeypatch.setattr(loading, "measure", measure)
+    for _ in range(2):  # measured, then remembered
+        model = load(artifact())
+        assert model.engines_by_batch == wins
+        assert set(model._runs) == {"onnxruntime", "eager"}
+        x = quantized().inputs
+        for num, name in ((1, "onnxruntime"), (16, "eager")):
+            assert torch.equal(model(x[:num]), load(artifact(), engine=name)(x[:num]))
+        monkeypatch.setattr(loading, "measure", None)
+
+
+def test_a_remembered_winner_that_cannot_be_loaded_any_more_is_replaced(
+    timed: list[set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(path: Path, num_threads: int | None) -> Engine:
+        raise RuntimeError("gone")
+
+    load(artifact())
+    monkeypatch.setattr(onnxruntime, "make", broken)
+    with pytest.warns(UserWarning, match="left out on this machine: onnxruntime: RuntimeError: gone"):
+        model = load(artifact())
+    rest = [name for name in HERE if name != "onnxruntime"]
+    assert timed == [set(HERE), set(rest)]
+    assert model.engines == tuple(rest)
+
+
+def test_auto_measures_and_serves(tmp_path: Path) -> None:
+    model = load(artifact())
+    assert set(model.engines_by_batch) == set(model.times) == {1, 4, 16, 32}
+    assert all(set(row) == set(HERE) for row in model.times.values())
+    for size, row in model.times.items():
+        assert row[model.engines_by_batch[size]] <= 1.03 * min(row.values())
+    x = quantized().inputs
+    for num in (1, 20, 150):
+        assert model(x[:num]).shape == (num, 3)
 
 
 def test_another_number_of_threads_is_measured_anew(timed: list[set[str]]) -> None:
@@ -77,7 +120,23 @@ def test_another_number_of_threads_is_measured_anew(timed: list[set[str]]) -> No
     assert len(timed) == 2
 
 
-@pytest.mark.parametrize("content", [b"unknown", b"\xff\xfe", b""])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"unknown",
+        b"\xff\xfe",
+        b"",
+        b"[]",
+        b"{}",
+        b'{"1": []}',
+        b'{"1": {}}',
+        b'{"one": {"eager": 1}}',
+        b'{"1": {"quantum": 1.0}}',
+        b'{"1": {"eager": NaN}}',
+        b'{"4": {"eager": 1.0}}',
+        b'{"1": {"eager": 1.0}, "4": {"aoti": 1.0}}',
+    ],
+)
 def test_a_damaged_memory_is_measured_anew(timed: list[set[str]], cache: Path, content: bytes) -> None:
     load(artifact())
     for file in (cache / "engines").iterdir():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -44,7 +45,9 @@ def doubling(limit: int = 4, inputs: int = 1) -> CompactModel:
     specs = tuple(TensorSpec(f"x{i}", "float32", (None, 3)) for i in range(inputs))
     manifest = Manifest("doubling", "", "", specs, (TensorSpec("output", "float32", (None, 3)),), {}, max_batch=limit)
     engine = Doubling(limit)
-    return CompactModel(manifest, "onnxruntime", engine, lambda name: engine, engines=["onnxruntime"])
+    return CompactModel(
+        manifest, {"onnxruntime": engine}, lambda name: engine, engines=["onnxruntime"], serves={1: "onnxruntime"}
+    )
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 64, 150])
@@ -103,7 +106,45 @@ def test_batches_beyond_the_limit_are_split(inputs: Any) -> None:
     outputs = model(inputs)
     assert type(outputs) is type(inputs)
     assert np.array_equal(np.asarray(outputs), np.asarray(inputs) * 2)
-    assert model._run.sizes == [4, 4, 3]  # type: ignore[attr-defined]
+    assert model._runs["onnxruntime"].sizes == [4, 4, 3]  # type: ignore[attr-defined]
+
+
+def two_engines(limit: int = 64) -> tuple[CompactModel, Doubling, Doubling]:
+    one, many = Doubling(limit), Doubling(limit)
+    made = {"one": one, "many": many}
+    serves = {1: "one", 4: "many", 16: "many", 32: "one"}
+    manifest = replace(doubling().manifest, max_batch=limit)
+    return CompactModel(manifest, made, made.__getitem__, engines=["one", "many"], serves=serves), one, many
+
+
+def test_each_batch_size_has_its_engine() -> None:
+    model, one, many = two_engines()
+    for num in (1, 2, 3, 8, 22, 23, 64, 65):
+        assert np.array_equal(model(np.ones((num, 3), np.float32)), np.full((num, 3), 2))
+    assert (one.sizes, many.sizes) == ([1, 2, 23, 64, 64, 1], [3, 8, 22])
+    assert (model.engine, model.engines) == ("one", ("one", "many"))
+    assert repr(model) == (
+        "CompactModel('doubling', engine='one', scheme=None, "
+        "engines_by_batch={1: 'one', 4: 'many', 16: 'many', 32: 'one'})"
+    )
+
+
+def test_threads_may_call_at_once() -> None:
+    model = load(artifact(), engine="onnxruntime")
+    other = load(artifact(), engine="eager")
+    both = CompactModel(
+        model.manifest,
+        {**model._runs, **other._runs},
+        model._make,
+        engines=["onnxruntime", "eager"],
+        serves={1: "onnxruntime", 4: "eager"},
+    )
+    x = quantized().inputs.numpy()
+    batches = [x[start : start + num] for num in (1, 3, 7) for start in range(20)]
+    wanted = [(model if len(batch) == 1 else other)(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for got, right in zip(pool.map(both, batches * 3), wanted * 3):
+            assert np.array_equal(got, right)
 
 
 def test_several_inputs_go_together() -> None:

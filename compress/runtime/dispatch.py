@@ -1,0 +1,115 @@
+"""Which engine serves which batch size: measured where it runs, chosen by a rule over the table of times."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from itertools import combinations, pairwise
+from math import isqrt, prod
+
+from compress.measure.latency import measure_latency, progress_bar
+from compress.runtime.engines import Engine
+from compress.runtime.examples import example_call
+from compress.runtime.manifest import Manifest
+
+__all__ = ["BUCKETS", "Times", "batch_sizes", "choose", "measure", "picker"]
+
+BUCKETS = (1, 4, 16, 32)
+"""Batch sizes that are measured; a batch is served as the nearest of them, by ratio."""
+
+Times = Mapping[int, Mapping[str, float]]
+"""Median milliseconds of a call by batch size and engine."""
+
+_NOISE = 1.03  # as fast, for all that a short run can tell
+_BEATEN = 1.25  # this much behind at first sight, an engine is timed no longer
+_LONGEST_MS = 500.0  # larger batches than this are not measured: it would take a minute, and the order has settled
+
+
+def batch_sizes(largest: int | None) -> tuple[int, ...]:
+    """Return the batch sizes that are measured when files take at most ``largest`` at once.
+
+    Example:
+        >>> batch_sizes(None), batch_sizes(8)
+        ((1, 4, 16, 32), (1, 4, 8))
+    """
+    return tuple(sorted({min(size, largest or size) for size in BUCKETS}))
+
+
+def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float = 2.0) -> Times:
+    """Time engines against each other, interleaved, at a few batch sizes; a terminal shows how far it is.
+
+    Args:
+        engines: Loaded, by name.
+        manifest: Of their artefact.
+        seconds: Time for everything, where calls are short; each engine gets some calls however long they take.
+    """
+    sizes = batch_sizes(manifest.max_batch)
+    times: dict[int, Mapping[str, float]] = {}
+    show = sys.stderr.isatty() and find_spec("rich") is not None
+    with progress_bar(show, f"measuring {', '.join(engines)} on this machine, once") as advance:
+        for step, size in enumerate(sizes, 1):
+            if times and min(times[sizes[step - 2]].values()) * size / sizes[step - 2] > _LONGEST_MS:
+                break
+            calls = {name: example_call(engine, manifest, size) for name, engine in engines.items()}
+            times[size] = _race(calls, seconds / len(sizes))
+            advance(step / len(sizes))
+    return times
+
+
+def choose(times: Times) -> dict[int, str]:
+    """Choose engines for the measured batch sizes: as few as serve each of them within 3 % of its fastest.
+
+    Args:
+        times: Of the same engines at each batch size.
+
+    Example:
+        >>> choose({1: {"a": 1.0, "b": 1.01}, 16: {"a": 9.0, "b": 7.0}})
+        {1: 'b', 16: 'b'}
+        >>> choose({1: {"a": 1.0, "b": 1.2}, 16: {"a": 9.0, "b": 7.0}})
+        {1: 'a', 16: 'b'}
+    """
+    behind = {size: {name: ms / min(row.values()) for name, ms in row.items()} for size, row in times.items()}
+    names = list(next(iter(times.values())))
+
+    def slowdowns(few: Sequence[str]) -> list[float]:
+        return [min(row[name] for name in few) for row in behind.values()]
+
+    for num in range(1, len(names) + 1):
+        enough = [few for few in combinations(names, num) if max(slowdowns(few)) <= _NOISE]
+        if enough:
+            few = min(enough, key=lambda few: prod(slowdowns(few)))
+            return {size: min(few, key=row.__getitem__) for size, row in behind.items()}
+    raise AssertionError("all engines together hold the fastest of each size")
+
+
+def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
+    """Return the function from a batch size to its engine: that of the nearest size by ratio, the smaller of two.
+
+    Args:
+        serves: Engines by batch size, as ``choose`` gives them.
+
+    Example:
+        >>> pick = picker({1: "a", 4: "b"})
+        >>> pick(1), pick(2), pick(3), pick(1000)
+        ('a', 'a', 'b', 'b')
+    """
+    sizes = sorted(serves)
+    names = [serves[size] for size in sizes]
+    # The nearest by ratio changes at the geometric mean.
+    borders = [isqrt(low * high) for low, high in pairwise(sizes)]
+    return lambda num: names[bisect_left(borders, num)]
+
+
+def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+    first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=2, block_seconds=0.01, min_runs=4)
+    times = {name: latency.p50_ms for name, latency in first.items()}
+    close = [name for name in calls if times[name] <= _BEATEN * min(times.values())]
+    if len(close) > 1:
+        share = seconds * 3 / 4 / len(close)
+        again = measure_latency(
+            {name: calls[name] for name in close}, seconds=share, warmup=0, block_seconds=0.02, min_runs=6
+        )
+        times |= {name: latency.p50_ms for name, latency in again.items()}
+    return times
