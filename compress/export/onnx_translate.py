@@ -30,7 +30,7 @@ def translate(program: ExportedProgram, *, target: str) -> ModelProto:
         target: The target that asks, for messages.
 
     Raises:
-        ExportSkippedError: when the program is larger than one ONNX file can be.
+        ExportSkippedError: when the program is larger than one ONNX file can be, or has an operator that ONNX lacks.
         MissingPackageError: when onnx or onnxscript is not installed.
     """
     try:
@@ -44,12 +44,24 @@ def translate(program: ExportedProgram, *, target: str) -> ModelProto:
         raise ExportSkippedError(
             f"{target}: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."
         )
-    with torch.no_grad(), _quiet():
-        translated = torch.onnx.export(program, dynamo=True)
+    try:
+        with torch.no_grad(), _quiet():
+            translated = torch.onnx.export(program, dynamo=True)
+    except torch.onnx.OnnxExporterError as error:
+        raise ExportSkippedError(
+            f"{target}: expected operators that ONNX has, got one that it lacks: {_first(error)} Leave the target out."
+        ) from error
     assert translated is not None
     model = translated.model_proto
     rewrite(model)
     return model
+
+
+def _first(error: BaseException) -> str:
+    """Return the first line of what began a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -40,11 +40,12 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
     missing = sorted(set(requires.get("flags", [])) - flags) if flags else []
     if missing:
         return f"this processor lacks {', '.join(missing[:6])}"
-    if "torch" in requires:
+    wanted = {**({"torch": requires["torch"]} if "torch" in requires else {}), **requires.get("versions", {})}
+    for package, version in wanted.items():
         try:
-            version = ".".join(metadata.version("torch").split(".")[:2])
+            found = ".".join(metadata.version(package).split(".")[:2])
         except metadata.PackageNotFoundError:
-            return "torch is not installed"
-        if version != requires["torch"]:
-            return f"built with torch {requires['torch']}, this is {version}"
+            return f"{package} is not installed"
+        if found != version:
+            return f"built with {package} {version}, this is {found}"
     return None

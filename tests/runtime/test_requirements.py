@@ -20,6 +20,8 @@ def test_this_machine_meets_its_own_requirements() -> None:
         ({"arch": "pdp11"}, f"built for pdp11, this is {platform.machine()}"),
         ({"system": "Plan9"}, "built for Plan9"),
         ({"flags": ["avx2048", "amx_magic"]}, "lacks amx_magic, avx2048"),
+        ({"versions": {"numpy": "0.1"}}, "built with numpy 0.1, this is "),
+        ({"versions": {"no-such-package": "1.0"}}, "no-such-package is not installed"),
         ({"torch": "1.0"}, f"built with torch 1.0, this is {torch.__version__[:4]}"),
     ],
 )

@@ -35,7 +35,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     """Translate the program and count the kernels that ONNX Runtime makes of it.
 
     Raises:
-        ExportSkippedError: when the program is larger than one ONNX file can be.
+        ExportSkippedError: when the program is larger than one ONNX file can be, or has an operator that ONNX lacks.
         MissingPackageError: when onnx, onnxscript or onnxruntime is not installed.
     """
     model = translate(program, target="onnxruntime")

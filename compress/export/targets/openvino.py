@@ -28,7 +28,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     """Translate the program by way of ONNX and count the kernels that OpenVINO makes of it here.
 
     Raises:
-        ExportSkippedError: when the program is larger than one ONNX file can be.
+        ExportSkippedError: when the program is larger than one ONNX file can be, or has an operator that ONNX lacks.
         MissingPackageError: when onnx, onnxscript or openvino is not installed.
     """
     try:

@@ -15,6 +15,7 @@ ENGINES = {
     "aoti": "compress.runtime.engines.aoti",
     "onnxruntime": "compress.runtime.engines.onnxruntime",
     "openvino": "compress.runtime.engines.openvino",
+    "tvm": "compress.runtime.engines.tvm",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
 the installed ``PACKAGE``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""

@@ -3,9 +3,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 from compress.export import onnx_translate
 from compress.export.targets import ExportSkippedError, onnxruntime
+from compress.surgery.capture import export_program
 from tests.export.programs import floating, quantized
 
 
@@ -33,3 +36,15 @@ def test_what_does_not_fit_into_one_file_is_skipped(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(onnx_translate, "_LARGEST", 100)
     with pytest.raises(ExportSkippedError, match="at most 100 bytes"):
         onnxruntime.build(quantized().program, tmp_path / onnxruntime.FILE)
+
+
+class Quantile(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.special.erfinv(x.clamp(-0.9, 0.9))
+
+
+def test_an_operator_that_onnx_lacks_is_named(tmp_path: Path) -> None:
+    program = export_program(Quantile(), [torch.randn(2, 3)])
+    with pytest.raises(ExportSkippedError, match=r"^onnxruntime: expected operators that ONNX has, .*erf_?inv"):
+        onnxruntime.build(program, tmp_path / onnxruntime.FILE)
+    assert not list(tmp_path.iterdir())

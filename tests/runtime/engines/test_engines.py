@@ -24,4 +24,4 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(engines, "find_spec", hidden)
     assert missing_package(name) == import_module(ENGINES[name]).PACKAGE
-    assert missing_package(name) in {"torch", "onnxruntime", "openvino"}
+    assert missing_package(name) in {"torch", "onnxruntime", "openvino", "tvm"}
