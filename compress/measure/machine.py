@@ -9,7 +9,8 @@ from pathlib import Path
 
 __all__ = ["cpu_flags", "describe_machine", "has_vnni", "versions"]
 
-_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "numpy"]
+_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "executorch"]
+_PACKAGES += ["numpy"]
 
 
 def describe_machine() -> dict[str, str | int]:

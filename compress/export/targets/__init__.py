@@ -17,6 +17,7 @@ TARGETS = {
     "aoti": "compress.export.targets.aoti",
     "onnxruntime": "compress.export.targets.onnxruntime",
     "openvino": "compress.export.targets.openvino",
+    "executorch": "compress.export.targets.executorch",
     "tvm": "compress.export.targets.tvm",
 }
 

@@ -15,10 +15,11 @@ ENGINES = {
     "aoti": "compress.runtime.engines.aoti",
     "onnxruntime": "compress.runtime.engines.onnxruntime",
     "openvino": "compress.runtime.engines.openvino",
+    "executorch": "compress.runtime.engines.executorch",
     "tvm": "compress.runtime.engines.tvm",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
-the installed ``PACKAGE``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""
+the installed ``PACKAGES``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""
 
 
 class Engine(Protocol):
@@ -59,8 +60,11 @@ def runs_code(name: str) -> bool:
 
 def missing_package(name: str) -> str | None:
     """Return the package that an engine needs and that is not installed, or ``None``."""
-    package = import_module(ENGINES[name]).PACKAGE
+    return next((package for package in import_module(ENGINES[name]).PACKAGES if not _is_installed(package)), None)
+
+
+def _is_installed(package: str) -> bool:
     try:
-        return None if find_spec(package) else package
+        return find_spec(package) is not None
     except (ImportError, ValueError):  # something keeps it from being imported
-        return package
+        return False

@@ -8,9 +8,9 @@ from typing import Any
 
 from compress.errors import MissingPackageError
 
-__all__ = ["PACKAGE", "AOTIEngine", "make"]
+__all__ = ["PACKAGES", "AOTIEngine", "make"]
 
-PACKAGE = "torch"
+PACKAGES = ("torch",)
 RUNS_CODE = True
 
 

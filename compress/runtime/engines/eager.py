@@ -11,9 +11,9 @@ from compress.errors import MissingPackageError
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-__all__ = ["PACKAGE", "EagerEngine", "fold_constants", "make"]
+__all__ = ["PACKAGES", "EagerEngine", "fold_constants", "make"]
 
-PACKAGE = "torch"
+PACKAGES = ("torch",)
 RUNS_CODE = True
 
 

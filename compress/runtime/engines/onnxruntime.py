@@ -10,9 +10,9 @@ from compress.errors import MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 from compress.runtime.manifest import TensorSpec
 
-__all__ = ["PACKAGE", "ONNXRuntimeEngine", "make"]
+__all__ = ["PACKAGES", "ONNXRuntimeEngine", "make"]
 
-PACKAGE = "onnxruntime"
+PACKAGES = ("onnxruntime",)
 RUNS_CODE = False
 
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as numpy names them

@@ -12,9 +12,9 @@ import numpy as np
 from compress.errors import MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 
-__all__ = ["PACKAGE", "OpenVINOEngine", "compile_model", "make"]
+__all__ = ["PACKAGES", "OpenVINOEngine", "compile_model", "make"]
 
-PACKAGE = "openvino"
+PACKAGES = ("openvino",)
 RUNS_CODE = False
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from compress.errors import MissingPackageError
 from compress.measure.machine import describe_machine
 
-__all__ = ["PACKAGE", "TVMEngine", "make"]
+__all__ = ["PACKAGES", "TVMEngine", "make"]
 
-PACKAGE = "tvm"
+PACKAGES = ("tvm",)
 RUNS_CODE = True
 
 _ALL_CORES_ALIKE = 1  # of TVM's affinity modes

@@ -23,5 +23,10 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
         return None
 
     monkeypatch.setattr(engines, "find_spec", hidden)
-    assert missing_package(name) == import_module(ENGINES[name]).PACKAGE
-    assert missing_package(name) in {"torch", "onnxruntime", "openvino", "tvm"}
+    assert missing_package(name) == import_module(ENGINES[name]).PACKAGES[0]
+    assert missing_package(name) in {"torch", "onnxruntime", "openvino", "executorch", "tvm"}
+
+
+def test_each_package_of_several_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "find_spec", lambda package: None if package == "torch" else package)
+    assert missing_package("executorch") == "torch"

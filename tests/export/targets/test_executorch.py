@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compress.export import Gates, export_artifact
+from compress.export.parity import check_parity, reference_outputs
+from compress.export.targets import ExportSkippedError, executorch
+from compress.runtime.engines import make_engine
+from tests.export.networks import network
+from tests.export.programs import quantized
+
+pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
+
+
+@pytest.mark.parametrize(("kind", "products", "attention"), [("cnn", 4, 0), ("transformer", 5, 2)])
+def test_outputs_are_those_of_the_module(kind: str, products: int, attention: int, tmp_path: Path) -> None:
+    made = network(kind)
+    for name, program, module, limit, kernels in (
+        ("floats", made.program, made.reference, 1e-5, (0, products + attention)),
+        ("integers", made.integers, made.prepared, 0.02, (products, attention)),
+    ):
+        path = tmp_path / name
+        found = executorch.build(program, path)
+        assert (found.int8_kernels, found.float_kernels) == kernels, found
+        wanted = reference_outputs(module, [made.inputs])
+        parity = check_parity(make_engine("executorch", path), wanted, [made.inputs])
+        assert parity.batches.relative_error < limit, parity.batches
+        assert parity.singles.relative_error < limit, parity.singles
+
+
+def test_every_layer_of_a_residual_net_becomes_an_integer_kernel(tmp_path: Path) -> None:
+    found = executorch.build(quantized().program, tmp_path / executorch.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (7, 0)
+    # The images; what goes from the pool to the last layer, twice, since that gives floats.
+    assert found.conversions == 3
+    content = (tmp_path / executorch.FILE).read_bytes()
+    assert b"site-packages" not in content
+    assert b"test_" not in content
+
+
+def test_few_bits_run_as_int8(tmp_path: Path) -> None:
+    made = network("cnn", "w4a4")
+    found = executorch.build(made.integers, tmp_path / executorch.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (4, 0)
+    wanted = reference_outputs(made.prepared, [made.inputs])
+    parity = check_parity(make_engine("executorch", tmp_path / executorch.FILE), wanted, [made.inputs])
+    assert parity.batches.relative_error < 0.01
+
+
+def test_recurrent_layers_are_skipped_with_a_reason_and_the_others_built(tmp_path: Path) -> None:
+    made = network("lstm")
+    with pytest.warns(UserWarning, match="executorch: expected no recurrent layers, got lstm"):
+        manifest = export_artifact(
+            made.integers,
+            tmp_path / "artifact",
+            targets=["executorch", "eager"],
+            reference=made.prepared,
+            held_out=[made.inputs],
+            scheme="int8_portable",
+            gates=Gates(min_top1_agreement=0.9),
+        )
+    assert list(manifest.targets) == ["eager"]
+    assert "Leave the target out" in manifest.skipped["executorch"]
+
+
+def test_what_cannot_be_lowered_is_skipped_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Unsigned activations, as they come: no kernel takes them.
+    monkeypatch.setattr(executorch, "rewrite", lambda graph_module: 0)
+    with pytest.raises(ExportSkippedError, match=r"executorch: expected .*eave the target out"):
+        executorch.build(network("cnn").integers, tmp_path / executorch.FILE)
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_are_as_large_as_memory_allows() -> None:
+    program = network("cnn").program
+    assert executorch.largest_batch(program) == 64
+    # The largest activation has 8 channels of 8 by 8.
+    executorch_memory = 8 * 8 * 8 * 4
+    assert executorch.largest_batch(program, memory=5 * executorch_memory) == 4
+    assert executorch.largest_batch(program, memory=1) == 1
