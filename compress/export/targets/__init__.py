@@ -19,6 +19,7 @@ TARGETS = {
     "openvino": "compress.export.targets.openvino",
     "executorch": "compress.export.targets.executorch",
     "tvm": "compress.export.targets.tvm",
+    "litert": "compress.export.targets.litert",
 }
 
 

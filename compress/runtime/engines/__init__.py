@@ -17,6 +17,7 @@ ENGINES = {
     "openvino": "compress.runtime.engines.openvino",
     "executorch": "compress.runtime.engines.executorch",
     "tvm": "compress.runtime.engines.tvm",
+    "litert": "compress.runtime.engines.litert",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
 the installed ``PACKAGES``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""

@@ -24,7 +24,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(engines, "find_spec", hidden)
     assert missing_package(name) == import_module(ENGINES[name]).PACKAGES[0]
-    assert missing_package(name) in {"torch", "onnxruntime", "openvino", "executorch", "tvm"}
+    assert missing_package(name) in {"torch", "onnxruntime", "openvino", "executorch", "tvm", "ai_edge_litert"}
 
 
 def test_each_package_of_several_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
