@@ -15,7 +15,7 @@ from compress.errors import ExportError
 from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 
-__all__ = ["drop_traces", "input_specs", "largest_batch", "widen_single_channels"]
+__all__ = ["drop_traces", "input_specs", "largest_batch", "spare_inputs", "widen_single_channels"]
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
@@ -79,6 +79,37 @@ def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
     return export_program(graph_module, args)
 
 
+def spare_inputs(program: ExportedProgram) -> ExportedProgram:
+    """Write sums of an input and a quantised matrix product as ``product - (-input)``.
+
+    As a sum, Inductor lets the product's kernel add to the input where it lies, and the caller's tensor is overwritten
+    (seen with torch 2.13).
+
+    Args:
+        program: A quantised program; left as it is.
+
+    Returns:
+        A program with the same outputs; the very same one when there is nothing to do.
+    """
+    graph_module = program.module(check_guards=False)
+    changed = False
+    for node in list(graph_module.graph.nodes):
+        if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
+            continue
+        for value, product in (node.args, node.args[::-1]):
+            if _is_input(value) and _is_quantized_linear(product):
+                with graph_module.graph.inserting_before(node):
+                    negative = graph_module.graph.call_function(torch.ops.aten.neg.default, (value,))
+                node.target, node.args = torch.ops.aten.sub.Tensor, (product, negative)
+                changed = True
+                break
+    if not changed:
+        return program
+    graph_module.recompile()
+    args, _ = program.example_inputs
+    return export_program(graph_module, args)
+
+
 def drop_traces(program: ExportedProgram) -> None:
     """Drop what nodes say of the source lines they come from, in place: it is bulky and holds paths of this machine."""
     for node in program.graph_module.graph.nodes:
@@ -120,6 +151,18 @@ def _widen(graph_module: GraphModule, convolution: Node) -> bool:
         copy.update_arg(0, integers)
         convolution.update_arg(index, copy)
     return True
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, Node) and value.op == "placeholder"
+
+
+def _is_quantized_linear(value: Any) -> bool:
+    return (
+        isinstance(value, Node)
+        and value.target is torch.ops.aten.linear.default
+        and all(map(_is_dequantized, value.args[:2]))
+    )
 
 
 def _is_dequantized(node: Any) -> bool:

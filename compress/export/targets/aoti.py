@@ -23,7 +23,7 @@ from torch.export import ExportedProgram
 
 from compress.errors import ExportError
 from compress.export.archive import repack
-from compress.export.graph import widen_single_channels
+from compress.export.graph import spare_inputs, widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
 from compress.runtime.requirements import native_requirements
 
@@ -52,7 +52,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     try:
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
-                widen_single_channels(program), package_path=str(path), inductor_configs=_settings()
+                spare_inputs(widen_single_channels(program)), package_path=str(path), inductor_configs=_settings()
             )
     except Exception as error:  # Inductor raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

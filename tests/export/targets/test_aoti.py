@@ -6,9 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from compress.export.targets import Census, ExportSkippedError, aoti
+from compress.measure.machine import has_vnni
+from compress.quantize import calibrate, convert, prepare
+from compress.runtime.engines import make_engine
 from compress.runtime.manifest import read_manifest
+from compress.surgery.capture import export_program
 from tests.export.programs import artifact, quantized
 
 
@@ -47,6 +52,33 @@ def test_outputs_are_those_of_the_program_whatever_the_batch() -> None:
         found = package(trained.inputs[:num])
         # Sums in another order may fall to another side of a rounding; that moves an output by one step of many.
         assert float((found - wanted[:num]).norm() / wanted[:num].norm()) < 0.01
+
+
+class Residual(nn.Module):
+    """Adds a product to the very input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+def test_the_callers_input_stays_as_it_is(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 16)
+    prepared = prepare(Residual().eval(), [inputs[:2]], "int8")
+    calibrate(prepared, [(inputs,)])
+    program = export_program(convert(prepared.eval()), [inputs[:2]])
+    found = aoti.build(program, tmp_path / aoti.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (1, 0)
+    before = inputs.clone()
+    outputs = make_engine("aoti", tmp_path / aoti.FILE)([inputs])[0]
+    assert torch.equal(inputs, before)
+    if has_vnni():  # else sums of integers overflow
+        with torch.no_grad():
+            torch.testing.assert_close(outputs, prepared(inputs), atol=0.02, rtol=0)
 
 
 def test_the_package_is_small_and_holds_no_sources_and_no_debug_information() -> None:
