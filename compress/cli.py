@@ -11,12 +11,16 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from compress.errors import CompressError, RecipeError, RunError
 from compress.libraries import mend_torchvision
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["main"]
 
@@ -29,6 +33,7 @@ examples:
   compress cache-teacher digits                          a run's first step alone: store what its teacher says
   compress sensitivity digits                            what each layer's units are worth, before pruning any
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
+  compress convert ARTIFACT --target openvino            add a target from the artefact's portable program
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
   compress predict ARTIFACT images.npy                   labels and probabilities for raw inputs
 """
@@ -121,6 +126,19 @@ def _parser() -> argparse.ArgumentParser:
     entry.add_argument(
         "--average_bits", type=float, metavar="B", help="share bits out: so many for each weight on average, at most"
     )
+    entry = command(
+        "convert",
+        _convert,
+        "add targets to an artefact, from its portable program",
+        epilog="Each is compared with the portable program and passes the gates of the export; all are added, or none. "
+        "That may run code: an artefact from elsewhere needs --trust and is signed as this machine's afterwards.",
+    )
+    entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
+    entry.add_argument("--target", action="append", required=True, metavar="ENGINE", help="engine to add; repeatable")
+    entry.add_argument("--replace", action="store_true", help="build targets anew that are there")
+    entry.add_argument("--trust", action="store_true", help="load the program though it was built elsewhere")
+    text = "what to compare on, an array for each input as the network takes it (default: random values)"
+    entry.add_argument("--inputs", nargs="+", metavar="FILE.npy", help=text)
     entry = command("predict", _predict, "predict labels for raw inputs")
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
     entry.add_argument("inputs", metavar="INPUTS.npy", help="array of raw inputs, one a row")
@@ -239,23 +257,32 @@ def _bench_artifact(path: str, rest: list[str], console: Console) -> None:
     console.print(table)
 
 
-def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
-    import numpy as np
+def _convert(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    _no_more("convert", rest)
+    _quiet()
+    import torch
 
+    from compress.pipeline import convert
+
+    inputs = [torch.from_numpy(_array(file)) for file in options.inputs] if options.inputs else None
+    manifest = convert(
+        _artifact(options.path), options.target, inputs=inputs, replace=options.replace, trust=options.trust
+    )
+    table = Table("target", "bytes", "relative error", "top-1 agreement", "compared on")
+    for name in dict.fromkeys(options.target):
+        target = manifest.targets[name]
+        found = target.agreement
+        on = f"{found['num_samples']} inputs, {found['inputs']}"
+        table.add_row(name, f"{target.bytes:,}", f"{found['relative_error']:.2g}", f"{found['top1_agreement']:.3f}", on)
+    console.print(table)
+
+
+def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     from compress.runtime import load
 
-    if rest:
-        raise RecipeError(f"predict: expected no more words, got {' '.join(rest)}. See 'compress predict --help'.")
-    folder = Path(options.path)
-    path = folder / "artifact" if (folder / "artifact").is_dir() else folder
-    model = load(path, engine=options.engine, trust=options.trust)
-    try:
-        inputs = np.load(options.inputs, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"{options.inputs}: expected an array saved by numpy.save, got {error}. Give a .npy file."
-        ) from error
-    labels, probabilities = model.predict(inputs)
+    _no_more("predict", rest)
+    model = load(_artifact(options.path), engine=options.engine, trust=options.trust)
+    labels, probabilities = model.predict(_array(options.inputs))
     rows = [{"label": str(label), "probability": float(p.max())} for label, p in zip(labels, probabilities)]
     if options.output:
         temporary = Path(options.output + ".tmp")
@@ -266,6 +293,26 @@ def _predict(options: argparse.Namespace, rest: list[str], console: Console) -> 
     for index, row in enumerate(rows):
         table.add_row(str(index), str(row["label"]), f"{row['probability']:.3f}")
     console.print(table)
+
+
+def _no_more(command: str, rest: list[str]) -> None:
+    if rest:
+        raise RecipeError(f"{command}: expected no more words, got {' '.join(rest)}. See 'compress {command} --help'.")
+
+
+def _artifact(path: str) -> Path:
+    """Return an artefact's directory, given it or its run's."""
+    inside = Path(path) / "artifact"
+    return inside if inside.is_dir() else Path(path)
+
+
+def _array(file: str) -> np.ndarray:
+    import numpy as np
+
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error
 
 
 def _recipes(options: argparse.Namespace, rest: list[str], console: Console) -> None:

@@ -97,6 +97,8 @@ def test_an_existing_run_directory_is_left_alone(tmp_path: Path, capsys: pytest.
         (["report", "nowhere"], "nowhere: expected a run directory"),
         (["bench", "nowhere"], "nowhere: expected a run directory"),
         (["predict", "nowhere", "x.npy"], "nowhere: expected an artefact with a manifest.json"),
+        (["convert", "nowhere", "--target", "onnxruntime"], "nowhere: expected an artefact with a manifest.json"),
+        (["convert", "nowhere", "--target", "onnxruntime", "more"], "convert: expected no more words, got more"),
     ],
 )
 def test_wrong_paths_are_named(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -126,7 +128,7 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         compress.cli.main(["--help"])
     assert exit_.value.code == 0
     text = capsys.readouterr().out
-    for command in ("run", "fit", "test", "export", "bench", "report", "sensitivity", "predict", "recipes"):
+    for command in ("run", "fit", "test", "export", "bench", "report", "sensitivity", "convert", "predict", "recipes"):
         assert f"  {command} " in text
     code, out, _ = call(capsys, "run", "--keys")
     assert code == 0
@@ -147,3 +149,34 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.Captu
     code, _, err = call(capsys, "predict", tmp_path / "x", "objects.npy")
     assert code == 2
     assert "expected an artefact" in err
+
+
+def test_a_target_is_added_to_an_artefact(capsys: pytest.CaptureFixture[str]) -> None:
+    from compress.export import export_artifact
+    from compress.runtime import load
+    from compress.surgery.capture import export_program
+
+    network, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(9, 4)
+    export_artifact(
+        export_program(network, [x[:2]]), Path("run/artifact"), targets=["eager"], reference=network, held_out=[x]
+    )
+    code, out, _ = call(capsys, "convert", "run", "--target", "onnxruntime")
+    assert code == 0
+    assert "onnxruntime" in out
+    assert "64 inputs, random, seed 0" in out
+    assert torch.allclose(load("run/artifact", engine="onnxruntime")(x), network(x), atol=1e-5)
+    np.save("x.npy", x.numpy())
+    for words, message in [
+        (["--target", "onnxruntime"], "Say replace=True (--replace) to build it anew"),
+        (["--target", "abacus"], "target: expected names among eager, aoti,"),
+        (["--target", "onnxruntime", "--replace", "--inputs", "none.npy"], "none.npy: expected an array"),
+        (["--target", "onnxruntime", "--replace", "--inputs", "x.npy", "x.npy"], "inputs: expected 1, got 2"),
+    ]:
+        code, _, err = call(capsys, "convert", "run/artifact", *words)
+        assert (code, message in err) == (2, True), err
+    code, out, _ = call(capsys, "convert", "run", "--target", "onnxruntime", "--replace", "--inputs", "x.npy")
+    assert code == 0
+    assert "9 inputs, given" in out
+    with pytest.raises(SystemExit):
+        call(capsys, "convert", "--help")
+    assert "signed as this machine's afterwards" in " ".join(capsys.readouterr().out.split())

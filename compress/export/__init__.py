@@ -1,8 +1,9 @@
 """From a trained network to an artefact that has been checked: one file per engine, a parity gate, a kernel census."""
 
 from compress.export.artifact import export_artifact
+from compress.export.conversion import convert
 from compress.export.counting import census
 from compress.export.gates import Gates
 from compress.export.targets import TARGETS, Census, ExportSkippedError
 
-__all__ = ["TARGETS", "Census", "ExportSkippedError", "Gates", "census", "export_artifact"]
+__all__ = ["TARGETS", "Census", "ExportSkippedError", "Gates", "census", "convert", "export_artifact"]

@@ -10,26 +10,23 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError
-from compress.export.counting import with_macs
-from compress.export.gates import Gates, failures
+from compress.export.building import Job, build_target
+from compress.export.gates import Gates
 from compress.export.graph import input_specs, largest_batch
-from compress.export.parity import check_parity, compare, reference_outputs
+from compress.export.parity import compare, reference_outputs
 from compress.export.passes import clean_up
-from compress.export.products import Product, products
+from compress.export.products import products
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
-from compress.runtime.engines import make_engine
-from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest, sha256
+from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest
 from compress.runtime.trust import sign
 
 __all__ = ["export_artifact"]
@@ -75,11 +72,11 @@ def export_artifact(
     inputs = input_specs(program)
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
-    work = products(program)
+    job = Job(program, products(program), held_out, wanted, scheme is not None, gates)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        built, skipped = _build_all(program, work, temporary, targets, wanted, held_out, scheme, gates, progress)
+        built, skipped = _build_all(targets, job, temporary, progress=progress)
         manifest = Manifest(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,8 +88,9 @@ def export_artifact(
             versions=versions(),
             skipped=skipped,
             cleanup=cleanup.to_dict(),
-            products=[asdict(product) for product in work],
+            products=[asdict(product) for product in job.work],
             agreement=asdict(compare(program, wanted, held_out)),
+            gates=asdict(gates),
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
         sign(temporary)
@@ -104,15 +102,7 @@ def export_artifact(
 
 
 def _build_all(
-    program: ExportedProgram,
-    work: Sequence[Product],
-    folder: Path,
-    targets: Sequence[str],
-    wanted: np.ndarray,
-    held_out: Sequence[Tensor],
-    scheme: str | None,
-    gates: Gates,
-    progress: bool,
+    targets: Sequence[str], job: Job, folder: Path, *, progress: bool
 ) -> tuple[dict[str, Target], dict[str, str]]:
     built: dict[str, Target] = {}
     skipped: dict[str, str] = {}
@@ -122,7 +112,7 @@ def _build_all(
         for engine in targets:
             bar.update(task, description=f"building and checking {engine}")
             try:
-                built[engine], reasons = _build_one(engine, program, work, folder, wanted, held_out, scheme, gates)
+                built[engine], reasons = build_target(engine, job, folder)
                 failed += reasons
             except ExportSkippedError as error:
                 skipped[engine] = str(error)
@@ -135,30 +125,3 @@ def _build_all(
         reason = "; ".join(skipped.values()) or "no targets"
         raise ExportError(f"export: expected at least one target, got none: {reason}. Add one to export.targets.")
     return built, skipped
-
-
-def _build_one(
-    engine: str,
-    program: ExportedProgram,
-    work: Sequence[Product],
-    folder: Path,
-    wanted: np.ndarray,
-    held_out: Sequence[Tensor],
-    scheme: str | None,
-    gates: Gates,
-) -> tuple[Target, list[str]]:
-    target = import_module(TARGETS[engine])
-    path = folder / target.FILE
-    census = with_macs(target.build(program, path), work)
-    parity = check_parity(make_engine(engine, path), wanted, held_out)
-    parts = [folder / name for name in getattr(target, "PARTS", ())]
-    entry = Target(
-        file=target.FILE,
-        bytes=sum(file.stat().st_size for file in (path, *parts)),
-        sha256=sha256(path),
-        census=asdict(census) if census else {},
-        agreement=asdict(parity.batches),
-        requires=target.requires(),
-        parts={part.name: sha256(part) for part in parts},
-    )
-    return entry, list(failures(engine, gates, census, parity, quantized=scheme is not None))

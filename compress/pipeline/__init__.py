@@ -1,7 +1,7 @@
 """The main job: recipe -> fit -> test -> export -> bench -> report, each step on a run directory."""
 
 from compress.pipeline.bench import bench
-from compress.pipeline.export import export
+from compress.pipeline.export import convert, export
 from compress.pipeline.fit import fit
 from compress.pipeline.report import report
 from compress.pipeline.rundir import RunDirectory, create_run, open_run
@@ -14,6 +14,7 @@ __all__ = [
     "RunDirectory",
     "bench",
     "cache_teacher",
+    "convert",
     "create_run",
     "export",
     "fit",

@@ -1,17 +1,23 @@
-"""Turn the final network into a checked artefact."""
+"""Turn the final network into a checked artefact, and add targets to one."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
 
 from compress.errors import ExportError
 from compress.export import Gates, export_artifact
+from compress.export import convert as add_targets
 from compress.pipeline.rundir import RunDirectory
-from compress.quantize.layers import engine_mistakes, read_assignment
+from compress.quantize.layers import Assignment, engine_mistakes, read_assignment
+from compress.runtime import Manifest, read_manifest
 from compress.surgery.capture import export_program
 
-__all__ = ["export"]
+__all__ = ["convert", "export"]
 
 
 def export(run: RunDirectory) -> None:
@@ -27,8 +33,7 @@ def export(run: RunDirectory) -> None:
     settings, data = run.recipe.export, run.recipe.data
     inputs = run.held_out
     quantized = next((read_assignment(edit.data) for edit in history if edit.kind == "quantize"), None)
-    if quantized is not None and (mistakes := list(engine_mistakes(quantized, settings.targets))):
-        raise ExportError("\n".join(mistakes))
+    _check_engines(quantized, settings.targets)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
     fresh = run.path / "artifact.new"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -58,3 +63,33 @@ def export(run: RunDirectory) -> None:
     shutil.rmtree(run.artifact, ignore_errors=True)
     os.replace(fresh, run.artifact)
     run.console.print(f"artefact: {run.artifact} ({', '.join(manifest.targets)})")
+
+
+def convert(
+    path: str | Path,
+    targets: Sequence[str],
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    replace: bool = False,
+    trust: bool = False,
+) -> Manifest:
+    """Add targets to an artefact, with a progress bar, unless its scheme is one that their engines cannot run.
+
+    Args:
+        path: The artefact's directory.
+        targets: Names of engines.
+        inputs: What to compare on; random values without.
+        replace: Whether targets that are there may be built anew.
+        trust: Load its portable program though it was built elsewhere.
+
+    Raises:
+        CompressError: as ``compress.export.convert`` does.
+    """
+    data = [edit.get("data") for edit in read_manifest(path).history if edit.get("kind") == "quantize"]
+    _check_engines(read_assignment(data[0]) if data and data[0] else None, targets)
+    return add_targets(path, targets, inputs=inputs, replace=replace, trust=trust, progress=True)
+
+
+def _check_engines(quantized: Assignment | None, targets: Sequence[str]) -> None:
+    if quantized is not None and (mistakes := list(engine_mistakes(quantized, targets))):
+        raise ExportError("\n".join(mistakes))

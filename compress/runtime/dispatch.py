@@ -24,7 +24,7 @@ Times = Mapping[int, Mapping[str, float]]
 
 _NOISE = 1.03  # as fast, for all that a short run can tell
 _BEATEN = 1.25  # this much behind at first sight, an engine is timed no longer
-_LONGEST_MS = 500.0  # larger batches than this are not measured: it would take a minute, and the order has settled
+_LONGEST_MS = 300.0  # larger batches than this are not measured: it would take a minute, and the order has settled
 
 
 def batch_sizes(largest: int | None) -> tuple[int, ...]:
@@ -103,13 +103,13 @@ def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
 
 
 def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=2, block_seconds=0.01, min_runs=4)
+    first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=1, block_seconds=0.01, min_runs=2)
     times = {name: latency.p50_ms for name, latency in first.items()}
     close = [name for name in calls if times[name] <= _BEATEN * min(times.values())]
     if len(close) > 1:
         share = seconds * 3 / 4 / len(close)
         again = measure_latency(
-            {name: calls[name] for name in close}, seconds=share, warmup=0, block_seconds=0.02, min_runs=6
+            {name: calls[name] for name in close}, seconds=share, warmup=0, block_seconds=0.02, min_runs=4
         )
         times |= {name: latency.p50_ms for name, latency in again.items()}
     return times

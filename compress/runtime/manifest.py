@@ -78,6 +78,7 @@ class Manifest:
         max_batch: Largest batch that the files take at once, or ``None`` without a limit.
         products: Each convolution and matrix product of the program: ``name, macs, quantized``.
         agreement: Distance of the program, before an engine compiles it, from the trained module.
+        gates: What each target had to pass.
         format_version: Of this file.
     """
 
@@ -98,6 +99,7 @@ class Manifest:
     max_batch: int | None = None
     products: list[Mapping[str, Any]] = field(default_factory=list)
     agreement: Mapping[str, Any] = field(default_factory=dict)
+    gates: Mapping[str, float] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -150,7 +152,7 @@ def check_file(directory: Path, target: Target) -> Path:
 
 _OPTIONAL: dict[str, type] = {
     **dict.fromkeys(("labels", "products"), list),
-    **dict.fromkeys(("preprocessing", "cleanup", "agreement"), dict),
+    **dict.fromkeys(("preprocessing", "cleanup", "agreement", "gates"), dict),
     "scheme": str,
     "max_batch": int,
 }

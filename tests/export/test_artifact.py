@@ -78,7 +78,7 @@ def test_an_int8_artefact_is_smaller_than_its_float_twin(tmp_path: Path) -> None
         ({"gates": Gates(min_top1_agreement=1.01)}, r"eager: expected a top-1 agreement"),
         ({"reference": lambda x: -quantized().reference(x)}, r"relative error"),
         ({"scheme": None, "reference": lambda x: scaled(x)}, r"relative error of at most 0.0001"),
-        ({"targets": ("eager", "tvm")}, r"got tvm"),
+        ({"targets": ("eager", "abacus")}, r"got abacus"),
         ({"targets": ()}, r"at least one target, got none: no targets"),
         (
             {"program": floating().program, "targets": ("onnxruntime",), "gates": Gates(9, 0)},

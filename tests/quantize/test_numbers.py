@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.export.targets import eager
+from compress.export.arithmetic import written_out
 from compress.quantize import calibrate, convert, get_scheme, prepare
 from compress.quantize.fake import best_scale
 from compress.quantize.pt2e import num_quantized
@@ -150,6 +150,6 @@ def test_each_scheme_trains_converts_and_becomes_the_portable_program(scheme: st
     with torch.no_grad():
         fake, got = prepared.eval()(x), converted(x)
     assert float((fake - got).norm() / fake.norm()) < 5e-3
-    plain = export_program(converted, [x[:2]]).run_decompositions(eager._arithmetic()).module()
+    plain = export_program(converted, [x[:2]]).run_decompositions(written_out()).module()
     with torch.no_grad():
         assert torch.allclose(plain(x), got, atol=1e-4)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from compress.export.targets import eager
+from tests.export.networks import network
 from tests.export.programs import quantized
 
 
@@ -40,3 +42,14 @@ def test_the_file_holds_integers_and_neither_inputs_nor_float_weights(tmp_path: 
     assert program.example_inputs is None
     with zipfile.ZipFile(path) as archive:
         assert not any(b"site-packages" in archive.read(name) for name in archive.namelist())
+
+
+def test_attention_runs_by_whatever_kernel_there_is(tmp_path: Path) -> None:
+    made = network("transformer")
+    eager.build(made.program, tmp_path / eager.FILE)
+    program = torch.export.load(tmp_path / eager.FILE).module()
+    with torch.no_grad():
+        wanted = made.reference(made.inputs)
+        for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+            with sdpa_kernel(backend):
+                torch.testing.assert_close(program(made.inputs), wanted)

@@ -1,0 +1,76 @@
+"""One target of an artefact: built, loaded as it will be served, compared with what must come out, and judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from compress.export.counting import with_macs
+from compress.export.gates import Gates, failures
+from compress.export.parity import check_parity
+from compress.export.products import Product
+from compress.export.targets import TARGETS
+from compress.runtime.engines import make_engine
+from compress.runtime.manifest import Target, sha256
+
+__all__ = ["Job", "build_target"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every target of an artefact is built from and held against.
+
+    Args:
+        program: What is lowered.
+        work: Its products.
+        inputs: What engines are compared on, shape (N, ...) each.
+        wanted: The outputs that must come out, shape (N, ...).
+        quantized: Whether int8 kernels are expected.
+        gates: What each target must pass.
+        notes: What else the manifest shall say of the comparison.
+    """
+
+    program: ExportedProgram
+    work: Sequence[Product]
+    inputs: Sequence[Tensor]
+    wanted: np.ndarray
+    quantized: bool
+    gates: Gates
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]]:
+    """Build a target's files and say what it fails, in words.
+
+    Args:
+        engine: A key of ``TARGETS``.
+        job: What it is built from.
+        folder: Where its files go.
+
+    Raises:
+        ExportError: when it cannot be built, or does not run.
+        ExportSkippedError: when this machine cannot build it.
+        MissingPackageError: when a library is not installed.
+    """
+    target = import_module(TARGETS[engine])
+    path = folder / target.FILE
+    census = with_macs(target.build(job.program, path), job.work)
+    parity = check_parity(make_engine(engine, path), job.wanted, job.inputs)
+    parts = [folder / name for name in getattr(target, "PARTS", ())]
+    entry = Target(
+        file=target.FILE,
+        bytes=sum(file.stat().st_size for file in (path, *parts)),
+        sha256=sha256(path),
+        census=asdict(census) if census else {},
+        agreement={**asdict(parity.batches), **job.notes},
+        requires=target.requires(),
+        parts={part.name: sha256(part) for part in parts},
+    )
+    return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized))

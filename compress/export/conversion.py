@@ -1,0 +1,216 @@
+"""Add a target to an artefact from the portable program that is in it, through the checks of every export."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from compress.errors import ArtifactError, ExportError
+from compress.export.arithmetic import recognise
+from compress.export.building import Job, build_target
+from compress.export.gates import Gates
+from compress.export.graph import input_specs
+from compress.export.parity import reference_outputs
+from compress.export.passes import clean_up
+from compress.export.products import Product, products
+from compress.export.samples import random_inputs
+from compress.export.targets import TARGETS
+from compress.runtime.engines import make_engine, missing_package
+from compress.runtime.manifest import Manifest, Target, check_file, read_manifest
+from compress.runtime.trust import SIGNATURE, is_ours, sign
+from compress.surgery.capture import export_program
+
+__all__ = ["convert"]
+
+_SOURCE = "eager"
+
+
+def convert(
+    path: str | Path,
+    targets: Sequence[str],
+    *,
+    inputs: Sequence[Tensor] | None = None,
+    seed: int = 0,
+    gates: Gates | None = None,
+    replace: bool = False,
+    trust: bool = False,
+    progress: bool = False,
+) -> Manifest:
+    """Add targets to an artefact, built from its portable program (``eager``).
+
+    Each is held against the portable program's outputs by the gates of the artefact's export, and its manifest says on
+    which inputs. All targets are added, or none: the artefact is left as it was when one fails.
+
+    Args:
+        path: The artefact's directory.
+        targets: Names among ``TARGETS``.
+        inputs: What to compare on, shape (N, ...) each, as the network takes them; random values without.
+        seed: Of the random inputs.
+        gates: What each target must pass; by default those of the export.
+        replace: Whether targets that are there may be built anew.
+        trust: Load the portable program, which may run code, though the artefact was built elsewhere; it is signed as
+            this machine's afterwards.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ArtifactError: when the artefact is damaged, or its program may not be loaded.
+        ExportError: when a target is unknown, there already, cannot be built, or fails a gate.
+        MissingPackageError: when a target's library is not installed.
+    """
+    directory = Path(path)
+    manifest = read_manifest(directory)
+    ours = is_ours(directory)
+    targets = list(dict.fromkeys(targets))
+    _check_targets(manifest, targets, replace=replace)
+    if not (ours or trust):
+        raise ArtifactError(
+            f"{directory}: expected an artefact of this machine, got another's, whose portable program may run code. "
+            "Say trust=True (--trust) if you know who made it."
+        )
+    files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+    job = _job(manifest, files[_SOURCE], inputs, seed, gates)
+    temporary = _folder_in(directory)
+    try:
+        built = _build_all(targets, job, temporary, progress=progress)
+        skipped = {name: reason for name, reason in manifest.skipped.items() if name not in built}
+        new = dataclasses.replace(manifest, targets={**manifest.targets, **built}, skipped=skipped)
+        (temporary / "manifest.json").write_text(json.dumps(asdict(new), indent=1))
+        sign(temporary)
+        names = [name for target in built.values() for name in (*target.parts, target.file)]
+        _put([*names, "manifest.json", SIGNATURE], temporary, directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return read_manifest(directory)
+
+
+def _check_targets(manifest: Manifest, targets: Sequence[str], *, replace: bool) -> None:
+    unknown = sorted(set(targets) - set(TARGETS))
+    if unknown or not targets:
+        given = ", ".join(unknown) or "none"
+        raise ExportError(f"target: expected names among {', '.join(TARGETS)}, got {given}. Choose one of them.")
+    if _SOURCE not in manifest.targets:
+        raise ExportError(
+            f"{manifest.name}: expected an artefact with the target {_SOURCE}, which others are built from, got "
+            f"{', '.join(manifest.targets)}. Export again, with {_SOURCE} in export.targets."
+        )
+    if _SOURCE in targets:
+        raise ExportError(
+            f"target: expected another one than {_SOURCE}, which the others are built from. Leave it out."
+        )
+    there = [name for name in targets if name in manifest.targets]
+    if there and not replace:
+        raise ExportError(
+            f"target: expected one that the artefact does not have, got {', '.join(there)}. "
+            "Say replace=True (--replace) to build it anew."
+        )
+    for name in targets:
+        package = missing_package(name)
+        if package:
+            raise ExportError(f"{name}: expected {package} to be installed, got none. Install it, e.g. by pip.")
+
+
+def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed: int, gates: Gates | None) -> Job:
+    try:
+        module = torch.export.load(source).module(check_guards=False)
+    except Exception as error:  # torch raises anything here
+        raise ArtifactError(
+            f"{source}: expected a program of torch.export, got {type(error).__name__}: {str(error).strip()[:200]}. "
+            "Export again."
+        ) from error
+    assert isinstance(module, torch.fx.GraphModule)
+    notes = {"reference": _SOURCE, "inputs": "given"}
+    if inputs is None:
+        inputs = random_inputs(module, manifest.inputs, seed=seed)
+        notes["inputs"] = f"random, seed {seed}"
+    _check_inputs(manifest, inputs)
+    engine = make_engine(_SOURCE, source)
+    wanted = reference_outputs(lambda *batch: engine(batch)[0], inputs)
+    if manifest.scheme is not None:
+        recognise(module)
+    program, _ = clean_up(export_program(module, [tensor[:2] for tensor in inputs]))
+    _check_program(manifest, program, source)
+    work = [Product(**product) for product in manifest.products] or products(program)
+    limits = gates or Gates(**{key: value for key, value in manifest.gates.items() if key in _GATES})
+    return Job(program, work, inputs, wanted, manifest.scheme is not None, limits, notes)
+
+
+_GATES = {field.name for field in fields(Gates)}
+
+
+def _check_inputs(manifest: Manifest, inputs: Sequence[Tensor]) -> None:
+    found = [(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for value in inputs]
+    for spec, (dtype, shape) in zip(manifest.inputs, found):
+        fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
+        if dtype != spec.dtype or not fits or shape[0] < 2:
+            raise ExportError(
+                f"{spec.name}: expected at least 2 samples of shape {spec.shape[1:]} and dtype {spec.dtype}, "
+                f"got shape {shape} and dtype {dtype}. Give inputs as the network takes them."
+            )
+    if len(inputs) != len(manifest.inputs):
+        raise ExportError(f"inputs: expected {len(manifest.inputs)}, got {len(inputs)}. Give one for each.")
+
+
+def _check_program(manifest: Manifest, program: ExportedProgram, source: Path) -> None:
+    """Make sure that the program is the one that the manifest describes."""
+    specs = input_specs(program)
+    if specs != manifest.inputs:
+        raise ArtifactError(f"{source}: expected inputs {manifest.inputs}, got {specs}. Export again.")
+
+
+def _build_all(targets: Sequence[str], job: Job, folder: Path, *, progress: bool) -> dict[str, Target]:
+    built: dict[str, Target] = {}
+    failed: list[str] = []
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("", total=len(targets))
+        for engine in targets:
+            bar.update(task, description=f"building and checking {engine}")
+            built[engine], reasons = build_target(engine, job, folder)
+            failed += reasons
+            bar.advance(task)
+    if failed:
+        raise ExportError("\n".join([*failed, "The artefact is as it was. Loosen the gate, or leave the target out."]))
+    return built
+
+
+def _folder_in(directory: Path) -> Path:
+    """Make a folder from which files can be moved into the artefact at once, whatever it is mounted on."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=".new.", dir=directory))
+    except OSError as error:
+        raise ArtifactError(
+            f"{directory}: expected a folder that can be written, got {error}. Copy it first."
+        ) from error
+
+
+def _put(names: Sequence[str], new: Path, directory: Path) -> None:
+    """Put files in their places; when one fails, all are as they were."""
+    before = new / "before"
+    before.mkdir()
+    done: list[str] = []
+    try:
+        for name in names:
+            if (directory / name).exists():
+                shutil.copy2(directory / name, before / name)
+            done.append(name)
+            os.replace(new / name, directory / name)
+    except BaseException:
+        for name in done:
+            if (before / name).exists():
+                os.replace(before / name, directory / name)
+            else:
+                (directory / name).unlink(missing_ok=True)
+        raise

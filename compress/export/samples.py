@@ -1,0 +1,76 @@
+"""Random inputs for a program of which nothing is known but its graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from compress.runtime.manifest import TensorSpec
+
+__all__ = ["random_inputs"]
+
+_NUM = 64
+_EMBEDDING = torch.ops.aten.embedding.default
+_PASSED_THROUGH = {
+    torch.ops.aten._to_copy.default,
+    torch.ops.aten.to.dtype,
+    torch.ops.aten.view.default,
+    torch.ops.aten.reshape.default,
+    torch.ops.aten.clone.default,
+}
+
+
+def random_inputs(graph_module: GraphModule, specs: Sequence[TensorSpec], *, seed: int = 0) -> list[Tensor]:
+    """Draw inputs, the same for the same seed.
+
+    Floats are standard normal, as preprocessed inputs are. Integers that index an embedding are indices of its rows;
+    all others are taken for masks: ones, then zeros, at least one of the first.
+
+    Args:
+        graph_module: Of the program, unlifted.
+        specs: Its inputs; ``None`` sizes beyond the first become 8.
+        seed: Of the draw.
+
+    Returns:
+        Tensors of shape (64, ...).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    return [_draw(spec, _num_rows(graph_module, node), generator) for spec, node in zip(specs, placeholders)]
+
+
+def _draw(spec: TensorSpec, rows: int | None, generator: torch.Generator) -> Tensor:
+    shape = (_NUM, *(8 if size is None else size for size in spec.shape[1:]))
+    dtype: torch.dtype = getattr(torch, spec.dtype)
+    if dtype.is_floating_point:
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    if rows is not None:
+        return torch.randint(rows, shape, generator=generator).to(dtype)
+    length = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
+    return (torch.arange(shape[-1]) < length).to(dtype)
+
+
+def _num_rows(graph_module: GraphModule, node: Node) -> int | None:
+    """Return the rows of the smallest embedding that a value indexes."""
+    found: list[int] = []
+    for user in node.users:
+        if user.target is _EMBEDDING and user.args[1] is node:
+            found += _rows(graph_module, user.args[0])
+        elif user.target in _PASSED_THROUGH:
+            found += filter(None, [_num_rows(graph_module, user)])
+    return min(found, default=None)
+
+
+def _rows(graph_module: GraphModule, weight: object) -> list[int]:
+    """Return the number of rows of an embedding's weight, found through what it is computed from."""
+    while isinstance(weight, Node) and weight.op == "call_function":
+        weight = weight.args[0]
+    if not isinstance(weight, Node) or weight.op != "get_attr":
+        return []
+    value: object = graph_module
+    for part in str(weight.target).split("."):
+        value = getattr(value, part)
+    return [len(value)] if isinstance(value, Tensor) else []

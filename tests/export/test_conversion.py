@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from compress.errors import ArtifactError, CompressError, ExportError
+from compress.export import Gates, conversion, convert, export_artifact
+from compress.export.targets import ExportSkippedError, onnxruntime
+from compress.runtime import load, read_manifest
+from compress.runtime.trust import SIGNATURE, is_ours
+from tests.export.networks import network
+from tests.export.programs import HERE, floating, quantized
+
+COMPILED = [name for name in HERE if name in ("aoti", "onnxruntime", "openvino")]
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact of an int8 network with the portable program alone; do not change the files."""
+    trained = quantized()
+    path = tmp_path_factory.mktemp("portable") / "small"
+    export_artifact(
+        trained.program,
+        path,
+        targets=["eager"],
+        reference=trained.reference,
+        held_out=[trained.inputs],
+        scheme="int8",
+        gates=Gates(min_top1_agreement=0.9),
+    )
+    return path
+
+
+@pytest.fixture
+def copy(portable: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(portable, tmp_path / "copy"))
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.rglob("*")}
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    from compress.runtime.trust import sign
+
+    file = directory / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    sign(directory)
+
+
+def test_what_is_added_is_what_the_export_would_have_built(copy: Path) -> None:
+    before = content(copy)
+    manifest = convert(copy, [*COMPILED, *COMPILED])
+    assert manifest == read_manifest(copy)
+    assert list(manifest.targets) == ["eager", *COMPILED]
+    assert is_ours(copy)
+    after = content(copy)
+    assert {name for name in before if after[name] != before[name]} == {"manifest.json", SIGNATURE}
+    assert set(after) - set(before) == {
+        name for engine in COMPILED for name in (manifest.targets[engine].file, *manifest.targets[engine].parts)
+    }
+    x = quantized().inputs
+    wanted = load(copy, engine="eager")(x)
+    for name in COMPILED:
+        target = manifest.targets[name]
+        assert target.census["int8_macs"] > 0.9 * target.census["macs"] > 0
+        assert target.agreement["reference"] == "eager"
+        assert target.agreement["inputs"] == "random, seed 0"
+        outputs = load(copy, engine=name)(x)
+        assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize("kind", ["transformer", "lstm"])
+def test_networks_of_floats(kind: str, tmp_path: Path) -> None:
+    made = network(kind)
+    export_artifact(made.program, tmp_path / "a", targets=["eager"], reference=made.reference, held_out=[made.inputs])
+    manifest = convert(tmp_path / "a", ["onnxruntime"], seed=3)
+    assert manifest.targets["onnxruntime"].agreement["inputs"] == "random, seed 3"
+    assert manifest.targets["onnxruntime"].agreement["relative_error"] < 1e-4
+    np.testing.assert_allclose(
+        load(tmp_path / "a", engine="onnxruntime")(made.inputs.numpy()),
+        load(tmp_path / "a", engine="eager")(made.inputs.numpy()),
+        atol=1e-4,
+    )
+
+
+class Tokens(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(11, 8), torch.nn.Linear(8, 3)
+
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens) * mask[..., None]
+        return self.head(x.sum(1) / mask.sum(1, keepdim=True))
+
+
+def test_random_tokens_are_rows_of_the_embedding_and_masks_are_never_empty(tmp_path: Path) -> None:
+    from compress.surgery.capture import export_program
+
+    reference = Tokens().eval()
+    inputs = [torch.randint(11, (20, 5)), torch.ones(20, 5, dtype=torch.int64)]
+    program = export_program(reference, [value[:2] for value in inputs])
+    export_artifact(program, tmp_path / "a", targets=["eager"], reference=reference, held_out=inputs)
+    found = convert(tmp_path / "a", ["onnxruntime"]).targets["onnxruntime"].agreement
+    assert found["num_samples"] == 64
+    assert found["relative_error"] < 1e-5  # not-a-number, from an empty mask, would be infinite
+    given = convert(tmp_path / "a", ["onnxruntime"], inputs=inputs, replace=True)
+    found = given.targets["onnxruntime"].agreement
+    assert (found["inputs"], found["num_samples"]) == ("given", 20)
+
+
+@pytest.mark.parametrize(
+    ("targets", "arguments", "message"),
+    [
+        (["abacus"], {}, r"target: expected names among .*, got abacus"),
+        ([], {}, "got none"),
+        (["eager"], {}, "expected another one than eager"),
+        (["onnxruntime"], {"gates": Gates(min_top1_agreement=1.01)}, "onnxruntime: expected a top-1 agreement"),
+        (["onnxruntime"], {"gates": Gates(min_int8_fraction=1.01)}, "multiply-accumulates in int8"),
+        (["onnxruntime"], {"inputs": []}, "inputs: expected 1, got 0"),
+        (["onnxruntime"], {"inputs": [torch.ones(4, 1, 8, 9)]}, r"x: expected at least 2 samples of shape \(1, 8, 8\)"),
+        (["onnxruntime"], {"inputs": [torch.ones(4, 1, 8, 8, dtype=torch.float64)]}, "float64"),
+    ],
+)
+def test_a_mistake_is_one_error_and_changes_nothing(
+    copy: Path, targets: list[str], arguments: dict[str, Any], message: str
+) -> None:
+    before = content(copy)
+    with pytest.raises(ExportError, match=message):
+        convert(copy, targets, **arguments)
+    assert content(copy) == before
+
+
+def test_what_is_there_is_replaced_only_when_asked(copy: Path) -> None:
+    convert(copy, ["onnxruntime"])
+    before = content(copy)
+    with pytest.raises(ExportError, match=r"does not have, got onnxruntime\. Say replace=True \(--replace\)"):
+        convert(copy, ["onnxruntime"])
+    assert content(copy) == before
+    manifest = convert(copy, ["onnxruntime"], seed=1, replace=True)
+    assert list(manifest.targets) == ["eager", "onnxruntime"]
+    assert manifest.targets["onnxruntime"].agreement["inputs"] == "random, seed 1"
+
+
+def test_a_missing_package_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "missing_package", lambda name: "onnxruntime")
+    with pytest.raises(ExportError, match="onnxruntime: expected onnxruntime to be installed, got none"):
+        convert(copy, ["onnxruntime"])
+
+
+def test_an_artefact_without_the_portable_program_says_so(copy: Path) -> None:
+    convert(copy, ["onnxruntime"])
+    edit(copy, lambda manifest: manifest["targets"].pop("eager"))
+    with pytest.raises(ExportError, match="expected an artefact with the target eager"):
+        convert(copy, ["aoti"])
+
+
+def test_a_damaged_artefact_is_one_error(copy: Path) -> None:
+    file = copy / "program.pt2"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match="expected SHA-256"):
+        convert(copy, ["onnxruntime"])
+    (copy / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        convert(copy, ["onnxruntime"])
+
+
+def test_another_network_of_the_same_name_is_refused(copy: Path, tmp_path: Path) -> None:
+    """A manifest that describes another program than the file holds, all checksums right."""
+    edit(copy, lambda manifest: manifest["inputs"][0].update(shape=[None, 1, None, 8]))
+    with pytest.raises(CompressError, match="expected inputs"):
+        convert(copy, ["onnxruntime"])
+
+
+def test_from_elsewhere_only_with_trust(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "another-key"))
+    before = content(copy)
+    with pytest.raises(ArtifactError, match="got another's, whose portable program may run code"):
+        convert(copy, ["onnxruntime"])
+    assert content(copy) == before
+    convert(copy, ["onnxruntime"], trust=True)
+    assert is_ours(copy)
+
+
+@pytest.mark.parametrize("error", [ExportSkippedError("onnxruntime: expected less."), KeyboardInterrupt()])
+def test_a_build_that_fails_half_way_leaves_the_artefact(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def build(program: object, path: Path) -> None:
+        path.write_text("half")
+        raise error
+
+    before = content(copy)
+    monkeypatch.setattr(onnxruntime, "build", build)
+    with pytest.raises(type(error)):
+        convert(copy, ["onnxruntime"])
+    assert content(copy) == before
+
+
+@pytest.mark.parametrize("failing", range(3))
+def test_files_that_cannot_be_moved_leave_the_artefact(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    convert(copy, ["onnxruntime"])
+    before = content(copy)
+    moved: list[Path] = []
+    move = conversion.os.replace
+
+    def replace(source: Path, place: Path) -> None:
+        moved.append(place)
+        if len(moved) == failing + 1:
+            raise OSError("full")
+        move(source, place)
+
+    monkeypatch.setattr(conversion.os, "replace", replace)
+    with pytest.raises(OSError, match="full"):
+        convert(copy, ["onnxruntime"], seed=1, replace=True)
+    assert content(copy) == before
+
+
+def test_the_reason_of_a_skipped_target_goes_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(program: object, path: Path) -> None:
+        raise ExportSkippedError("onnxruntime: expected less, got more.")
+
+    made, targets = floating(), ["eager", "onnxruntime"]
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "build", build)
+        export_artifact(made.program, tmp_path / "a", targets=targets, reference=made.reference, held_out=[made.inputs])
+    assert "onnxruntime" in read_manifest(tmp_path / "a").skipped
+    assert not convert(tmp_path / "a", ["onnxruntime"]).skipped
