@@ -53,7 +53,7 @@ def test_the_directory_holds_the_manifest_and_the_targets_only() -> None:
     names = {entry.name for entry in artifact().iterdir()}
     files = {file for target in read_manifest(artifact()).targets.values() for file in (target.file, *target.parts)}
     assert names == {"manifest.json", SIGNATURE} | files
-    assert files >= {eager.FILE, aoti.FILE, onnxruntime.FILE}
+    assert files >= {eager.FILE, onnxruntime.FILE}
     assert [entry.name for entry in artifact().parent.iterdir()] == ["small"]
 
 

@@ -16,6 +16,7 @@ from compress.runtime.engines import Engine, onnxruntime
 from compress.runtime.examples import example_call
 from compress.runtime.loading import load_and_call
 from compress.runtime.manifest import Manifest
+from compress.runtime.requirements import native_requirements
 from compress.runtime.trust import sign
 from tests.export.programs import HERE, artifact, quantized
 
@@ -163,7 +164,7 @@ def test_an_engine_can_be_named(engine: str, timed: list[set[str]]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engine": "tvm"}, "expected one of eager, aoti, onnxruntime.*, got 'tvm'"),
+        ({"engine": "quantum"}, f"expected one of {', '.join(HERE)}, got 'quantum'"),
         ({"device": "tpu"}, "got 'tpu'"),
         ({"num_threads": 0}, "expected at least 1, got 0"),
     ],
@@ -187,14 +188,15 @@ def test_a_changed_file_is_refused(copy: Path, engine: str, auto: bool, timed: l
 def test_a_processor_without_the_instructions_gets_the_portable_engine_and_is_told(
     copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    edit(copy, lambda content: keep(content, "eager", "aoti"))
+    edit(copy, lambda content: keep(content, "eager", "onnxruntime"))
+    edit(copy, lambda content: content["targets"]["onnxruntime"].update(requires=native_requirements()))
     monkeypatch.setattr(requirements, "cpu_flags", lambda: {"sse2"})
-    with pytest.warns(UserWarning, match=r"aoti: this processor lacks .*; served by: eager"):
+    with pytest.warns(UserWarning, match=r"onnxruntime: this processor lacks .*; served by: eager"):
         model = load(copy)
     assert model.engine == "eager"
     assert model(quantized().inputs).shape == (150, 3)
     with pytest.raises(ArtifactError, match="this processor lacks"):
-        load(copy, engine="aoti")
+        load(copy, engine="onnxruntime")
 
 
 def test_an_engine_whose_library_rejects_its_file_is_left_out(copy: Path, timed: list[set[str]]) -> None:
@@ -215,9 +217,10 @@ def test_an_unknown_engine_of_a_later_version_is_left_out(copy: Path, timed: lis
 
 
 def test_no_engine_at_all_is_an_error_with_every_reason(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    edit(copy, lambda content: keep(content, "aoti"))
+    edit(copy, lambda content: keep(content, "eager"))
+    edit(copy, lambda content: content["targets"]["eager"].update(requires=native_requirements()))
     monkeypatch.setattr(requirements, "cpu_flags", lambda: {"sse2"})
-    with pytest.raises(ArtifactError, match=r"small: expected an engine that runs here, got none \(aoti: this proc"):
+    with pytest.raises(ArtifactError, match=r"small: expected an engine that runs here, got none \(eager: this proc"):
         load(copy)
 
 

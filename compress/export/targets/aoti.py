@@ -25,6 +25,7 @@ from compress.errors import ExportError
 from compress.export.archive import repack
 from compress.export.graph import spare_inputs, widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
+from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
 
 __all__ = ["FILE", "build", "count_kernels", "requires"]
@@ -44,7 +45,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     """Compile the program into one file without debug information and sources, and count its kernels.
 
     Raises:
-        ExportSkippedError: when there is no C++ compiler.
+        ExportSkippedError: when there is no C++ compiler, or this processor computes int8 kernels wrongly.
         ExportError: when the compiler fails.
     """
     _check_compiler()
@@ -61,6 +62,12 @@ def build(program: ExportedProgram, path: Path) -> Census:
         ) from error
     with zipfile.ZipFile(path) as package:
         found = count_kernels(package.read(name).decode() for name in package.namelist() if name.endswith(".cpp"))
+    if found.int8_kernels and not has_vnni():
+        path.unlink()
+        raise ExportSkippedError(
+            "aoti: expected a processor with VNNI for int8, got one without: sums of products overflow there, and "
+            "convolutions differ from call to call. Leave the target out, or keep the network in floats."
+        )
     repack(path, _slim)
     return found
 

@@ -16,11 +16,12 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from compress.errors import MissingPackageError
+from compress.export.graph import largest_batch
 from compress.export.targets import Census, ExportSkippedError
 from compress.export.xnnpack_graph import rewrite
 from compress.surgery.capture import export_program
 
-__all__ = ["FILE", "build", "count_kernels", "largest_batch", "requires"]
+__all__ = ["FILE", "build", "count_kernels", "planned_batch", "requires"]
 
 FILE = "model.pte"
 
@@ -32,7 +33,7 @@ _RECURRENT = {_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn
 def build(program: ExportedProgram, path: Path) -> Census:
     """Lower the program and count the kernels that XNNPACK makes of it.
 
-    The file takes batches of up to ``largest_batch(program)``; the engine splits larger ones.
+    The file takes batches of up to ``planned_batch(program)``; the engine splits larger ones.
 
     Raises:
         ExportSkippedError: when ExecuTorch cannot lower it, or leaves quantised operators that nothing would run.
@@ -50,7 +51,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
         with torch.no_grad(), _quiet():
             lowered = to_edge_transform_and_lower(signed, partitioner=[XnnpackPartitioner()])
             _check_left(lowered.exported_program())
-            _limit(lowered.exported_program(), largest_batch(program))
+            _limit(lowered.exported_program(), planned_batch(program))
             settings = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
             path.write_bytes(lowered.to_executorch(settings).buffer)
     except ExportSkippedError:
@@ -63,8 +64,8 @@ def build(program: ExportedProgram, path: Path) -> Census:
     return count_kernels(lowered.exported_program())
 
 
-def largest_batch(program: ExportedProgram, *, memory: int = 32 * 2**20) -> int:
-    """Return how many samples go at once, a power of two up to 64: memory is planned for them, and taken on loading.
+def planned_batch(program: ExportedProgram, *, memory: int = 32 * 2**20) -> int:
+    """Return how many samples go at once, up to 64: memory is planned for them, and taken on loading.
 
     Args:
         program: Captured with a dynamic batch dimension.
@@ -72,7 +73,7 @@ def largest_batch(program: ExportedProgram, *, memory: int = 32 * 2**20) -> int:
     """
     values = [value for node in program.graph.nodes for value in _tensors(node.meta.get("val"))]
     largest = max(map(_bytes_of_one_sample, values))
-    batch = 64
+    batch = min(64, largest_batch(program) or 64)
     while batch > 1 and batch * largest > memory:
         batch //= 2
     return batch
@@ -91,7 +92,7 @@ def count_kernels(program: ExportedProgram) -> Census:
         for node in graph_module.graph.nodes:
             name = _name(node)
             if name in _MATRIX:
-                quantised = any("dequantize" in _name(value) for value in node.all_input_nodes)
+                quantised = any(is_tagged_as_implicit_q_dq(value) for value in node.all_input_nodes)
                 (int8 if quantised else floats)[f"{owner} {name}{' int8' if quantised else ''}"] += 1
             elif name.startswith("quantize_per") and not is_tagged_as_implicit_q_dq(node):
                 others[name] += 1

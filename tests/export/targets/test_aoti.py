@@ -16,6 +16,8 @@ from compress.runtime.manifest import read_manifest
 from compress.surgery.capture import export_program
 from tests.export.programs import artifact, quantized
 
+EXACT = pytest.mark.skipif(not has_vnni(), reason="without VNNI no package of int8 kernels is built")
+
 
 def test_kernels_are_told_apart() -> None:
     code = """
@@ -29,6 +31,7 @@ def test_kernels_are_told_apart() -> None:
     assert aoti.count_kernels(["int main() {}"]) == Census(0, 0)
 
 
+@EXACT
 def test_every_layer_became_an_integer_kernel() -> None:
     census = read_manifest(artifact()).targets["aoti"].census
     assert (census["int8_kernels"], census["float_kernels"]) == (7, 0)
@@ -38,10 +41,12 @@ def test_the_census_sees_the_silent_fallback(tmp_path: Path, monkeypatch: pytest
     # What Inductor does without freezing: the same program, in floats, without a word.
     settings = {**aoti._settings(), "freezing": False}
     monkeypatch.setattr(aoti, "_settings", lambda: settings)
+    monkeypatch.setattr(aoti, "has_vnni", lambda: True)
     census = aoti.build(quantized().program, tmp_path / aoti.FILE)
     assert census.int8_fraction < 0.5
 
 
+@EXACT
 def test_outputs_are_those_of_the_program_whatever_the_batch() -> None:
     # In particular with one input channel, where Inductor's own outputs are in the wrong order.
     trained = quantized()
@@ -65,6 +70,7 @@ class Residual(nn.Module):
         return x + self.linear(x)
 
 
+@EXACT
 def test_the_callers_input_stays_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 16)
@@ -76,11 +82,11 @@ def test_the_callers_input_stays_as_it_is(tmp_path: Path) -> None:
     before = inputs.clone()
     outputs = make_engine("aoti", tmp_path / aoti.FILE)([inputs])[0]
     assert torch.equal(inputs, before)
-    if has_vnni():  # else sums of integers overflow
-        with torch.no_grad():
-            torch.testing.assert_close(outputs, prepared(inputs), atol=0.02, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(outputs, prepared(inputs), atol=0.02, rtol=0)
 
 
+@EXACT
 def test_the_package_is_small_and_holds_no_sources_and_no_debug_information() -> None:
     path = artifact() / aoti.FILE
     with zipfile.ZipFile(path) as package:
@@ -90,6 +96,19 @@ def test_the_package_is_small_and_holds_no_sources_and_no_debug_information() ->
     assert b".debug_line" not in library
     assert b".symtab" not in library
     assert path.stat().st_size < 250_000
+
+
+def test_without_vnni_integers_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 16)
+    prepared = prepare(nn.Linear(16, 4).eval(), [inputs[:2]], "int8")
+    calibrate(prepared, [(inputs,)])
+    monkeypatch.setattr(aoti, "has_vnni", lambda: False)
+    with pytest.raises(ExportSkippedError, match="aoti: expected a processor with VNNI for int8, got one without"):
+        aoti.build(export_program(convert(prepared.eval()), [inputs[:2]]), tmp_path / aoti.FILE)
+    assert not list(tmp_path.iterdir())
+    found = aoti.build(export_program(nn.Linear(16, 4).eval(), [inputs[:2]]), tmp_path / aoti.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (0, 1)
 
 
 def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,11 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from compress.export import Gates, export_artifact
 from compress.export.parity import check_parity, reference_outputs
 from compress.export.targets import ExportSkippedError, executorch
+from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine
+from compress.surgery.capture import export_program
 from tests.export.networks import network
 from tests.export.programs import quantized
 
@@ -75,8 +79,23 @@ def test_what_cannot_be_lowered_is_skipped_with_the_reason(tmp_path: Path, monke
 
 def test_batches_are_as_large_as_memory_allows() -> None:
     program = network("cnn").program
-    assert executorch.largest_batch(program) == 64
+    assert executorch.planned_batch(program) == 64
     # The largest activation has 8 channels of 8 by 8.
-    executorch_memory = 8 * 8 * 8 * 4
-    assert executorch.largest_batch(program, memory=5 * executorch_memory) == 4
-    assert executorch.largest_batch(program, memory=1) == 1
+    sample = 8 * 8 * 8 * 4
+    assert executorch.planned_batch(program, memory=5 * sample) == 4
+    assert executorch.planned_batch(program, memory=1) == 1
+
+
+def test_what_has_no_kernel_of_integers_counts_as_floats(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 3, 5, 5)
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.Tanh()).eval()
+    prepared = prepare(network, (inputs[:2],), "int8_portable")
+    calibrate(prepared, [(inputs,)])
+    program = export_program(convert(prepared.eval()), (inputs[:2],))
+    found = executorch.build(program, tmp_path / executorch.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (1, 1)
+    parity = check_parity(
+        make_engine("executorch", tmp_path / executorch.FILE), reference_outputs(prepared, [inputs]), [inputs]
+    )
+    assert parity.batches.relative_error < 0.01
