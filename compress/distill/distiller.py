@@ -138,7 +138,7 @@ class Distiller(pl.LightningModule):
         self._example = self._arrange(read_batch(example()))
         with torch.no_grad(), kept_modes(self.student, training=False):
             student = self._taps(self.student, *self._example.inputs, **self._example.named)
-            teachers = self._teach(self._example)[0]
+            teachers = self.source.rehearse(self._example) if self.source is not None else ()
         for loss in self._each_loss():
             loss.build(student, teachers[0] if teachers else View(None), self.teacher)
 

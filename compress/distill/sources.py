@@ -54,6 +54,10 @@ class TeacherSource(ABC):
             DataError: when an answer is not finite.
         """
 
+    def rehearse(self, batch: Batch) -> Sequence[View]:
+        """Return what is said to a batch before the fit, from which losses see the shapes of activations."""
+        return self.teach(batch)[0]
+
     def to(self, device: torch.device) -> None:
         """Move to a device."""
 
@@ -194,6 +198,12 @@ class OwnSource(TeacherSource):
         with torch.no_grad():
             view = self._taps(network.eval(), *batch.inputs, **batch.named)
         return [view], None
+
+    def rehearse(self, batch: Batch) -> Sequence[View]:
+        """Return what the student says where the teacher, a copy of it to come, is not there yet."""
+        network = self.teacher.network or self._student
+        assert network is not None  # it has met the student
+        return [self._taps(network, *batch.inputs, **batch.named)]
 
     def to(self, device: torch.device) -> None:
         """Move to a device."""

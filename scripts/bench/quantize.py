@@ -14,18 +14,18 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from common import Row, finish, options, ratios, training_step
+from engine_calls import Make, as_rows, in_turn, no_grad, reason_of
 from quantize_networks import NETWORKS, Sizes, make
-from quantize_tools import TOOLS, AbsentError, Make
+from quantize_tools import TOOLS, AbsentError
 from torch import Tensor, nn
 
 import compress
 from compress.export import TARGETS, Gates, export_artifact
-from compress.measure.latency import measure_latency
 from compress.quantize import calibrate, convert, prepare
 from compress.surgery.capture import export_program
 
@@ -53,7 +53,7 @@ def latencies(name: str, sizes: Sizes, arguments: argparse.Namespace) -> list[Ro
     network, inputs = make(name, sizes)
     network.eval()
     data = inputs(32)
-    found: dict[str, Make] = {"fp32/eager": lambda batch: _no_grad(network)}
+    found: dict[str, Make] = {"fp32/eager": lambda batch: no_grad(network)}
     missing: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for key, engine in _engines(network, data, Path(folder), arguments):
@@ -128,7 +128,7 @@ def _engines(
         except AbsentError as error:
             yield f"int8/{tool}", str(error)
         except Exception as error:  # whatever a tool says to a network that it does not take
-            yield f"int8/{tool}", _reason(error)
+            yield f"int8/{tool}", reason_of(error)
 
 
 def _ours(
@@ -150,38 +150,17 @@ def _ours(
         )
         model = compress.load(path, engine=engine, num_threads=arguments.threads)
     except Exception as error:  # an engine that is not installed, or does not take the network
-        return _reason(error)
+        return reason_of(error)
     if engine in ("eager", "aoti"):
         return lambda batch: model
     return lambda batch: lambda x: model(x.numpy())
 
 
 def _times(case: str, x: Tensor, found: dict[str, Make], missing: dict[str, str], *, seconds: float) -> list[Row]:
-    calls: dict[str, Callable[[], object]] = {}
-    reasons = dict(missing)
-    for key, make_call in found.items():
-        try:
-            call = make_call(len(x))
-            call(x)
-        except Exception as error:  # an engine that does not take this batch
-            reasons[key] = _reason(error)
-            continue
-        calls[key] = lambda call=call: call(x)
-    measured = measure_latency(calls, seconds=seconds, min_runs=5, progress=True)
-    first = next(iter(measured.values())).p50_ms
-    rows = []
-    for key, latency in measured.items():
-        rows.append(Row(f"{case}/{key}", "p50_ms", latency.p50_ms, "ms"))
-        rows.append(Row(f"{case}/{key}", "faster than eager fp32", first / latency.p50_ms, "times"))
-    return rows + [Row(f"{case}/{key}", "p50_ms", None, "ms", reason) for key, reason in reasons.items()]
-
-
-def _no_grad(network: nn.Module) -> Callable[[Tensor], object]:
-    def call(x: Tensor) -> object:
-        with torch.no_grad():
-            return network(x)
-
-    return call
+    medians, reasons = in_turn(x, found, missing, seconds=seconds)
+    first = next(iter(medians.values()))
+    gains = [Row(f"{case}/{key}", "faster than eager fp32", first / value, "times") for key, value in medians.items()]
+    return as_rows(case, medians, reasons) + gains
 
 
 def _resume(precision: str, what: str, folder: str) -> float:
@@ -191,11 +170,6 @@ def _resume(precision: str, what: str, folder: str) -> float:
     if done.returncode or not times:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return float(times[0])
-
-
-def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:160] if lines else ''}"
 
 
 if __name__ == "__main__":

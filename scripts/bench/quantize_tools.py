@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from engine_calls import Make
 from torch import Tensor, nn
 
 from compress.surgery.capture import export_program
 
-__all__ = ["TOOLS", "AbsentError", "Make"]
-
-Make = Callable[[int], Callable[[Tensor], object]]
-"""From a batch size to what runs such a batch."""
+__all__ = ["TOOLS", "AbsentError", "lowered", "module_named", "onnx_file", "onnx_session"]
 
 
 class AbsentError(Exception):
@@ -30,11 +28,11 @@ class AbsentError(Exception):
 
 def onnxruntime_static(network: nn.Module, data: Tensor, folder: Path, *, num_threads: int) -> Make:
     """ONNX Runtime's ``quantize_static``: QDQ, uint8 activations, int8 weights per channel."""
-    quantization = _import("onnxruntime.quantization")
-    shapes = _import("onnxruntime.quantization.shape_inference")
-    plain, prepared, path = _onnx(network, data, folder), folder / "prepared.onnx", folder / "static.onnx"
+    quantization = module_named("onnxruntime.quantization")
+    shapes = module_named("onnxruntime.quantization.shape_inference")
+    plain, prepared, path = onnx_file(network, data, folder), folder / "prepared.onnx", folder / "static.onnx"
     shapes.quant_pre_process(str(plain), str(prepared))
-    name = _import("onnx").load(str(plain), load_external_data=False).graph.input[0].name
+    name = module_named("onnx").load(str(plain), load_external_data=False).graph.input[0].name
 
     class Reader(quantization.CalibrationDataReader):
         """Gives each sample once."""
@@ -55,22 +53,22 @@ def onnxruntime_static(network: nn.Module, data: Tensor, folder: Path, *, num_th
         weight_type=quantization.QuantType.QInt8,
         per_channel=True,
     )
-    return _onnx_session(path, num_threads)
+    return onnx_session(path, num_threads)
 
 
 def onnxruntime_dynamic(network: nn.Module, data: Tensor, folder: Path, *, num_threads: int) -> Make:
     """ONNX Runtime's ``quantize_dynamic``: the only one of its two that has LSTMs."""
-    quantization = _import("onnxruntime.quantization")
+    quantization = module_named("onnxruntime.quantization")
     path = folder / "dynamic.onnx"
-    quantization.quantize_dynamic(str(_onnx(network, data, folder)), str(path))
-    return _onnx_session(path, num_threads)
+    quantization.quantize_dynamic(str(onnx_file(network, data, folder)), str(path))
+    return onnx_session(path, num_threads)
 
 
 def openvino_nncf(network: nn.Module, data: Tensor, folder: Path, *, num_threads: int) -> Make:
     """OpenVINO's network after NNCF's post-training quantization."""
-    openvino, nncf = _import("openvino"), _import("nncf")
+    openvino, nncf = module_named("openvino"), module_named("nncf")
     kind = {} if data.is_floating_point() else {"model_type": nncf.ModelType.TRANSFORMER}
-    model = openvino.convert_model(str(_onnx(network, data, folder)))
+    model = openvino.convert_model(str(onnx_file(network, data, folder)))
     quantised = nncf.quantize(model, nncf.Dataset([row[None] for row in data.numpy()]), subset_size=len(data), **kind)
     settings = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": num_threads, "INFERENCE_PRECISION_HINT": "f32"}
     request = openvino.Core().compile_model(quantised, "CPU", settings).create_infer_request()
@@ -81,9 +79,7 @@ def executorch_xnnpack(network: nn.Module, data: Tensor, folder: Path, *, num_th
     """ExecuTorch's program for XNNPACK, one for each batch size; threads are those that it takes itself."""
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
-    quantizer_of = _import("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
-    partitioner_of = _import("executorch.backends.xnnpack.partition.xnnpack_partitioner")
-    exir, runtime = _import("executorch.exir"), _import("executorch.runtime")
+    quantizer_of = module_named("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
 
     def make(batch: int) -> Callable[[Tensor], object]:
         example = (data[:1].repeat(batch, *[1] * (data.dim() - 1)),)
@@ -92,10 +88,7 @@ def executorch_xnnpack(network: nn.Module, data: Tensor, folder: Path, *, num_th
         prepared = prepare_pt2e(torch.export.export(network, example, strict=True).module(), quantizer)
         for start in range(0, len(data) - batch + 1, batch):
             prepared(data[start : start + batch])
-        program = torch.export.export(convert_pt2e(prepared), example)
-        lowered = exir.to_edge_transform_and_lower(program, partitioner=[partitioner_of.XnnpackPartitioner()])
-        loaded = runtime.Runtime.get().load_program(lowered.to_executorch().buffer)
-        return partial(_execute, loaded, loaded.load_method("forward"))
+        return lowered(torch.export.export(convert_pt2e(prepared), example))
 
     return make
 
@@ -108,12 +101,22 @@ TOOLS: dict[str, Callable[..., Make]] = {
 }
 
 
+def lowered(program: torch.export.ExportedProgram) -> Callable[[Tensor], object]:
+    """Lower a program of one batch size for XNNPACK, and return what runs it in ExecuTorch."""
+    partitioner_of = module_named("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    exir, runtime = module_named("executorch.exir"), module_named("executorch.runtime")
+    edge = exir.to_edge_transform_and_lower(program, partitioner=[partitioner_of.XnnpackPartitioner()])
+    loaded = runtime.Runtime.get().load_program(edge.to_executorch().buffer)
+    return partial(_execute, loaded, loaded.load_method("forward"))
+
+
 def _execute(program: Any, method: Any, x: Tensor) -> object:
     del program  # a method does not keep its program alive
     return method.execute([x])
 
 
-def _import(name: str) -> Any:
+def module_named(name: str) -> Any:
+    """Import a module, or say which package is absent."""
     from importlib import import_module
 
     try:
@@ -122,7 +125,7 @@ def _import(name: str) -> Any:
         raise AbsentError(f"{name.partition('.')[0]} is not installed ({error})") from error
 
 
-def _onnx(network: nn.Module, data: Tensor, folder: Path) -> Path:
+def onnx_file(network: nn.Module, data: Tensor, folder: Path) -> Path:
     """Write the float network as ONNX, with a dynamic batch, where it is not there yet."""
     path = folder / "float.onnx"
     if not path.exists():
@@ -133,8 +136,9 @@ def _onnx(network: nn.Module, data: Tensor, folder: Path) -> Path:
     return path
 
 
-def _onnx_session(path: Path, num_threads: int) -> Make:
-    onnxruntime = _import("onnxruntime")
+def onnx_session(path: Path, num_threads: int) -> Make:
+    """Return what runs an ONNX file in ONNX Runtime as it comes."""
+    onnxruntime = module_named("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = num_threads, 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

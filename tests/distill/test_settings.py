@@ -249,6 +249,18 @@ def test_own_teachers_live_through_pruning_quantization_and_resume(own: Any, tmp
         torch.save(whole.teacher.state_dict(), buffer)
 
 
+def test_activations_of_an_earlier_self_are_learned_from() -> None:
+    torch.manual_seed(0)
+    module = make(teacher=EarlierSelf(), losses=[Hint({"conv1": "conv1"}, weight=1.0)])
+    pruning = StructuredPruning(0.5, schedule="one_shot", start=0.4, end=0.6, round_to=4)
+    trainer(max_epochs=4, callbacks=[pruning]).fit(module, loader())
+    assert history_of(module).count("prune") == 1
+    projector = module.losses[0].projectors["0"].linear  # type: ignore[index, union-attr]
+    assert tuple(projector.weight.shape[:2]) == (16, 8)
+    # It began as the identity, of which the kept inputs were left, and has learned since.
+    assert not torch.equal(projector.weight, projector.weight.round())
+
+
 class Stop(Callback):
     """What Ctrl-C does, in the middle of an epoch."""
 

@@ -174,6 +174,21 @@ def test_what_is_random_in_training_follows_the_mode(layer: nn.Module) -> None:
     assert torch.equal(graph.eval()(x), graph(x))
 
 
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.8])
+def test_dropout_keeps_its_rate_through_switches_of_mode(p: float) -> None:
+    """PT2E's own switch matches dropout of 0.5 alone; another rate would stay as it was captured."""
+    torch.manual_seed(0)
+    x = torch.rand(64, 1000) + 1
+    graph = capture(nn.Sequential(nn.Linear(1000, 1000), nn.Dropout(p)).eval(), [x[:2]])
+    whole = graph.eval()(x)
+    for _ in range(2):
+        dropped = graph.train()(x)
+        gone = dropped == 0
+        assert gone.float().mean().item() == pytest.approx(p, abs=0.01)
+        assert torch.allclose(dropped[~gone], whole[~gone] / (1 - p), rtol=1e-5, atol=1e-6)
+        assert torch.equal(graph.eval()(x), whole)
+
+
 def test_dropout_between_recurrent_layers_follows_the_mode() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
