@@ -69,7 +69,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for method, target in dict.fromkeys((row["method"], row["target"]) for row in rows):
         own = [row for row in rows if (row["method"], row["target"]) == (method, target)]
         cells = [method, f"{target:g}" if target else ""]
-        cells += [_spread([row[key] for row in own if row[key] is not None], ".3f") for key in ("reached", "p50_ms")]
+        cells += [_spread([row[key] for row in own if row[key] is not None], ".3f") for key in ("reached", "ms")]
         cells += [_spread([row["accuracy"] for row in own], ".2f"), _spread([row["macs"] / 1e6 for row in own], ".1f")]
         lines.append(f"| {' | '.join([*cells, str(len(own))])} |")
     return "\n".join(lines)
@@ -87,9 +87,10 @@ def _rows(folders: dict[tuple[str, float, int], Path]) -> list[dict[str, Any]]:
     import torch
 
     from compress.measure import macs
-    from compress.measure.latency import measure_latency
+    from compress.measure.latency import time_calls
     from compress.pipeline import open_run
     from compress.prune.allocation.latency.cost import network_call
+    from compress.prune.allocation.latency.store import typical_ms
 
     runs = {key: open_run(folder, console=Console(quiet=True)) for key, folder in folders.items()}
     # All of them as a pruned one was timed in its fit: the same engine, batch and threads.
@@ -111,9 +112,9 @@ def _rows(folders: dict[tuple[str, float, int], Path]) -> list[dict[str, Any]]:
                 "macs": macs(network, (image,)),
             }
         )
-    measured = measure_latency(calls, seconds=2.0, progress=True)
-    for row, latency in zip(rows, measured.values()):
-        row["p50_ms"] = latency.p50_ms
+    measured = time_calls(calls, seconds=4.0, progress=True)
+    for row, times in zip(rows, measured.values()):
+        row["ms"] = typical_ms(times)  # as a target counts them
     return rows
 
 
@@ -126,9 +127,9 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             each = [row for row in own if row["target"] == target]
             accuracies = [row["accuracy"] for row in each]
             deviation = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-            points.append((statistics.mean(row["p50_ms"] for row in each), statistics.mean(accuracies), deviation))
+            points.append((statistics.mean(row["ms"] for row in each), statistics.mean(accuracies), deviation))
         axis.errorbar(*zip(*sorted(points)), fmt="o-", capsize=3, label=method)
-    axis.set_xlabel("latency at batch 1, ms (p50, ONNX Runtime, float32)")
+    axis.set_xlabel("latency at batch 1, ms (undisturbed, ONNX Runtime, float32, one thread)")
     axis.set_ylabel("test accuracy, %")
     axis.grid(alpha=0.3)
     axis.legend()

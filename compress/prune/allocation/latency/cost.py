@@ -131,7 +131,8 @@ def _compare(calls: Mapping[str, Callable[[], object]], base: str, other: str) -
             break
     else:
         log.warning(
-            "prune.target: after %d rounds a network's time is known to %.0f %%; this machine is busy with other work",
+            "prune.target: after %d rounds a network's time is known to %.1f %% only: "
+            "this machine is busy with other work",
             len(ratios),
             100 * _error(ratios),
         )
