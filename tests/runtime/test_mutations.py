@@ -118,7 +118,8 @@ def test_a_thousand_mutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         except ArtifactError:
             refused[mutation.__name__] = refused.get(mutation.__name__, 0) + 1
             continue
-        assert np.array_equal(outputs, right[model.engine]), (number, mutation.__name__)
+        serving = set(model.engines_by_batch.values())
+        assert any(np.array_equal(outputs, right[engine]) for engine in serving), (number, mutation.__name__)
     # What a checksum covers is refused without exception; what somebody has signed off may be harmless.
     for name in ("truncate", "remove", "escape"):
         assert refused[name] == 125, (name, refused)
