@@ -13,12 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError
-from compress.export.building import Job, build_target
+from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs, largest_batch
 from compress.export.parity import compare, reference_outputs
@@ -107,17 +106,13 @@ def _build_all(
     built: dict[str, Target] = {}
     skipped: dict[str, str] = {}
     failed: list[str] = []
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("", total=len(targets))
-        for engine in targets:
-            bar.update(task, description=f"building and checking {engine}")
-            try:
-                built[engine], reasons = build_target(engine, job, folder)
-                failed += reasons
-            except ExportSkippedError as error:
-                skipped[engine] = str(error)
-                warnings.warn(f"{error} Going on with the other targets.", stacklevel=4)
-            bar.advance(task)
+    for engine in announced(targets, progress=progress):
+        try:
+            built[engine], reasons = build_target(engine, job, folder)
+            failed += reasons
+        except ExportSkippedError as error:
+            skipped[engine] = str(error)
+            warnings.warn(f"{error} Going on with the other targets.", stacklevel=4)
     if failed:
         failed.append("Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets.")
         raise ExportError("\n".join(failed))

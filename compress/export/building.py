@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -20,7 +21,7 @@ from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine
 from compress.runtime.manifest import Target, sha256
 
-__all__ = ["Job", "build_target"]
+__all__ = ["Job", "announced", "build_target"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,21 @@ class Job:
     quantized: bool
     gates: Gates
     notes: Mapping[str, Any] = field(default_factory=dict)
+
+
+def announced(targets: Sequence[str], *, progress: bool) -> Iterator[str]:
+    """Yield targets one by one, with a bar that says which is being built.
+
+    Args:
+        targets: Keys of ``TARGETS``.
+        progress: Whether to show the bar.
+    """
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("", total=len(targets))
+        for engine in targets:
+            bar.update(task, description=f"building and checking {engine}")
+            yield engine
+            bar.advance(task)
 
 
 def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]]:
@@ -73,4 +89,5 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         requires=target.requires(),
         parts={part.name: sha256(part) for part in parts},
     )
-    return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized))
+    exact = getattr(target, "EXACT", True)
+    return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized, exact=exact))

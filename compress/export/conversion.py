@@ -12,13 +12,12 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ArtifactError, ExportError
 from compress.export.arithmetic import recognise
-from compress.export.building import Job, build_target
+from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs
 from compress.export.parity import reference_outputs
@@ -174,13 +173,9 @@ def _check_program(manifest: Manifest, program: ExportedProgram, source: Path) -
 def _build_all(targets: Sequence[str], job: Job, folder: Path, *, progress: bool) -> dict[str, Target]:
     built: dict[str, Target] = {}
     failed: list[str] = []
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("", total=len(targets))
-        for engine in targets:
-            bar.update(task, description=f"building and checking {engine}")
-            built[engine], reasons = build_target(engine, job, folder)
-            failed += reasons
-            bar.advance(task)
+    for engine in announced(targets, progress=progress):
+        built[engine], reasons = build_target(engine, job, folder)
+        failed += reasons
     if failed:
         raise ExportError("\n".join([*failed, "The artefact is as it was. Loosen the gate, or leave the target out."]))
     return built

@@ -20,7 +20,7 @@ class Gates:
 
     Args:
         max_relative_error: Largest distance of the outputs from the trained module's, relative to their norm; at most
-            ``FLOAT_TOLERANCE`` counts when nothing is quantised.
+            ``FLOAT_TOLERANCE`` counts when nothing is quantised or in half precision.
         min_top1_agreement: Least fraction of held-out inputs with the same largest output.
         min_int8_fraction: Least fraction of the multiply-accumulates that a compiled graph is certain to do in int8,
             when quantised.
@@ -31,7 +31,9 @@ class Gates:
     min_int8_fraction: float = 0.5
 
 
-def failures(engine: str, gates: Gates, census: Census | None, parity: Parity, *, quantized: bool) -> Iterable[str]:
+def failures(
+    engine: str, gates: Gates, census: Census | None, parity: Parity, *, quantized: bool, exact: bool = True
+) -> Iterable[str]:
     """Yield what a target fails, in words.
 
     Args:
@@ -40,9 +42,10 @@ def failures(engine: str, gates: Gates, census: Census | None, parity: Parity, *
         census: Kernel counts, where the engine compiles.
         parity: Distance from the trained module.
         quantized: Whether int8 kernels are expected.
+        exact: Whether all floats are in float32.
     """
     batches = parity.batches
-    limit = gates.max_relative_error if quantized else min(gates.max_relative_error, FLOAT_TOLERANCE)
+    limit = gates.max_relative_error if quantized or not exact else min(gates.max_relative_error, FLOAT_TOLERANCE)
     for found, where in ((parity.batches, ""), (parity.singles, ", one by one")):
         # Written so that not-a-number fails.
         if not found.relative_error <= limit:

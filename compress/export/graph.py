@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,7 +15,15 @@ from compress.errors import ExportError
 from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 
-__all__ = ["drop_traces", "input_specs", "largest_batch", "spare_inputs", "widen_single_channels"]
+__all__ = [
+    "drop_traces",
+    "input_specs",
+    "largest_batch",
+    "loosen_views",
+    "rewritten",
+    "spare_inputs",
+    "widen_single_channels",
+]
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
@@ -54,24 +62,18 @@ def largest_batch(program: ExportedProgram) -> int | None:
     return min(limits, default=None)
 
 
-def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
-    """Give quantised convolutions with one input channel a second one that is zero.
-
-    With one channel a tensor is contiguous and channels-last at once. Inductor and oneDNN then disagree on the layout
-    of what an int8 convolution gives, and its values come out in the wrong order (seen with torch 2.13).
+def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], int]) -> ExportedProgram:
+    """Rewrite a copy of a program and capture it anew.
 
     Args:
-        program: A quantised program; left as it is.
+        program: Left as it is.
+        rewrite: Changes a graph module, unlifted, in place, and returns in how many places.
 
     Returns:
-        A program with the same outputs; the very same one when there is nothing to do.
+        The new program; the very same one when nothing was changed.
     """
     graph_module = program.module(check_guards=False)
-    changed = False
-    for node in list(graph_module.graph.nodes):
-        if node.target in _CONVOLUTIONS and _is_dequantized(node.args[0]) and _is_dequantized(node.args[1]):
-            changed |= _widen(graph_module, node)
-    if not changed:
+    if not rewrite(graph_module):
         return program
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -79,20 +81,26 @@ def widen_single_channels(program: ExportedProgram) -> ExportedProgram:
     return export_program(graph_module, args)
 
 
-def spare_inputs(program: ExportedProgram) -> ExportedProgram:
-    """Write sums of an input and a quantised matrix product as ``product - (-input)``.
+def widen_single_channels(graph_module: GraphModule) -> int:
+    """Give quantised convolutions with one input channel a second one that is zero, in place; return how many.
+
+    With one channel a tensor is contiguous and channels-last at once. Inductor and oneDNN then disagree on the layout
+    of what an int8 convolution gives, and its values come out in the wrong order (seen with torch 2.13).
+    """
+    changed = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target in _CONVOLUTIONS and _is_dequantized(node.args[0]) and _is_dequantized(node.args[1]):
+            changed += _widen(graph_module, node)
+    return changed
+
+
+def spare_inputs(graph_module: GraphModule) -> int:
+    """Write sums of an input and a quantised product as ``product - (-input)``, in place; return how many.
 
     As a sum, Inductor lets the product's kernel add to the input where it lies, and the caller's tensor is overwritten
     (seen with torch 2.13).
-
-    Args:
-        program: A quantised program; left as it is.
-
-    Returns:
-        A program with the same outputs; the very same one when there is nothing to do.
     """
-    graph_module = program.module(check_guards=False)
-    changed = False
+    changed = 0
     for node in list(graph_module.graph.nodes):
         if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
             continue
@@ -101,13 +109,9 @@ def spare_inputs(program: ExportedProgram) -> ExportedProgram:
                 with graph_module.graph.inserting_before(node):
                     negative = graph_module.graph.call_function(torch.ops.aten.neg.default, (value,))
                 node.target, node.args = torch.ops.aten.sub.Tensor, (product, negative)
-                changed = True
+                changed += 1
                 break
-    if not changed:
-        return program
-    graph_module.recompile()
-    args, _ = program.example_inputs
-    return export_program(graph_module, args)
+    return changed
 
 
 def drop_traces(program: ExportedProgram) -> None:
@@ -115,6 +119,14 @@ def drop_traces(program: ExportedProgram) -> None:
     for node in program.graph_module.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
+
+
+def loosen_views(graph_module: GraphModule) -> None:
+    """Let views copy, in place: strides are those of the kernels that ran at capture, and attention has several."""
+    for node in graph_module.graph.nodes:
+        if node.target is torch.ops.aten.view.default:
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
 
 
 def _user_inputs(program: ExportedProgram) -> Iterator[tuple[Node, Tensor]]:

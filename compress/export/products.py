@@ -11,7 +11,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-__all__ = ["Product", "int8_macs", "products"]
+__all__ = ["RECURRENT", "Product", "int8_macs", "products"]
 
 _OPERATORS = torch.ops.aten
 _CONVOLUTIONS = {
@@ -29,7 +29,7 @@ _TRANSPOSED = {
     _OPERATORS.conv_transpose3d.input,
 }
 _MATRICES = {_OPERATORS.matmul.default, _OPERATORS.mm.default, _OPERATORS.bmm.default}
-_RECURRENT = {_OPERATORS.lstm.input, _OPERATORS.gru.input, _OPERATORS.rnn_tanh.input, _OPERATORS.rnn_relu.input}
+RECURRENT = {_OPERATORS.lstm.input, _OPERATORS.gru.input, _OPERATORS.rnn_tanh.input, _OPERATORS.rnn_relu.input}
 # Values pass through these unchanged, only to other places.
 _VIEWS: tuple[str, ...] = (
     "view",
@@ -107,7 +107,7 @@ def int8_macs(found: Iterable[Product], *, int8_kernels: int, float_kernels: int
 
 def _macs(node: Node) -> int:
     target: Any = node.target
-    if target in _RECURRENT:
+    if target in RECURRENT:
         return _recurrent_macs(node)
     if target is _OPERATORS.scaled_dot_product_attention.default:
         query, key, value = (_sizes(factor) for factor in node.args[:3])
@@ -132,7 +132,7 @@ def _recurrent_weights(node: Node) -> list[Any]:
 
 
 def _factors(node: Node) -> list[Any]:
-    if node.target in _RECURRENT:  # what they are multiplied with becomes integers at run time
+    if node.target in RECURRENT:  # what they are multiplied with becomes integers at run time
         return _recurrent_weights(node)
     if node.target is _OPERATORS.addmm.default:
         return list(node.args[1:3])

@@ -24,6 +24,7 @@ import torch
 from common import Row, finish, options
 from engine_calls import Make, as_rows, in_turn, no_grad, reason_of
 from float_tools import FLOAT_TOOLS
+from halving import halved
 from quantize_networks import NETWORKS, Sizes, make
 from quantize_tools import TOOLS, AbsentError
 from torch import Tensor, nn
@@ -32,10 +33,6 @@ import compress
 from compress.errors import CompressError
 from compress.export import TARGETS, Gates, export_artifact
 from compress.measure.latency import measure_latency
-from compress.prune import Target, apply_removal, study
-from compress.prune.allocation import Candidate, fit_to_target
-from compress.prune.criteria import score_groups
-from compress.prune.planner import describe_removal, least
 from compress.quantize import calibrate, convert, prepare
 from compress.runtime import CompactModel
 from compress.runtime.engines import make_engine, missing_package
@@ -156,17 +153,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
 def _network(name: str, sizes: Sizes) -> tuple[nn.Module, Callable[[int], Tensor]]:
     network, inputs = make(name.removesuffix("_pruned"), sizes)
     network.eval()
-    return (_halved(network, inputs(2)) if name.endswith("_pruned") else network).eval(), inputs
-
-
-def _halved(network: nn.Module, x: Tensor) -> nn.Module:
-    anatomy = study(network, (x,))
-    scores = score_groups(anatomy, "l2")
-    candidates = [Candidate(name, width, width, scores[name]) for name, width in anatomy.widths.items()]
-    widths = fit_to_target(anatomy, candidates, "uniform", Target(macs=0.5), round_to=8).widths
-    data = describe_removal(anatomy, least(scores, widths))
-    assert data is not None
-    return apply_removal(copy.deepcopy(network), data)
+    return (halved(network, (inputs(2),)) if name.endswith("_pruned") else network).eval(), inputs
 
 
 def _by_own_tools(

@@ -14,14 +14,14 @@ from statistics import median
 
 import torch
 from common import Row, ratios
+from halving import halved
 from rich.progress import track
 from torch import Tensor, nn
 from zoo_models import build
 
 from compress.export import Gates, export_artifact
 from compress.measure import macs, num_params
-from compress.prune import Target, apply_removal, study
-from compress.prune.allocation import Candidate, fit_to_target
+from compress.prune import apply_removal, study
 from compress.prune.criteria import score_groups
 from compress.prune.planner import describe_removal, least
 from compress.runtime import load
@@ -91,7 +91,7 @@ def _edit(name: str, network: nn.Module, inputs: Inputs, rounds: int) -> list[Ro
 def _effects(name: str, network: nn.Module, image: int, *, batch: int, seconds: float) -> list[Row]:
     torch.manual_seed(0)
     one = (torch.randn(2, 3, image, image),)
-    half = _halved(network, one)
+    half = halved(network, one)
     share = macs(half, (one[0][:1],)) / macs(network, (one[0][:1],))
     rows = [Row(name, "MACs after / before", share, "ratio")]
     networks = {"whole": network, "half": half}
@@ -108,16 +108,6 @@ def _effects(name: str, network: nn.Module, image: int, *, batch: int, seconds: 
             }
             rows += ratios(f"{name}, artefact, {engine}, batch 1, fp32", calls, seconds=seconds)
     return rows
-
-
-def _halved(network: nn.Module, inputs: Inputs) -> nn.Module:
-    anatomy = study(network.eval(), inputs)
-    scores = score_groups(anatomy, "l2")
-    candidates = [Candidate(name, width, width, scores[name]) for name, width in anatomy.widths.items()]
-    widths = fit_to_target(anatomy, candidates, "uniform", Target(macs=0.5), round_to=8).widths
-    data = describe_removal(anatomy, least(scores, widths))
-    assert data is not None
-    return apply_removal(copy.deepcopy(network), data)
 
 
 def _step(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], object]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import json
 import shutil
 import tempfile
 import warnings
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from compress.export import Gates, export_artifact
 from compress.measure.machine import has_vnni
 from compress.quantize import convert, prepare
 from compress.runtime.engines import ENGINES, missing_package
+from compress.runtime.trust import sign
 from compress.surgery.capture import export_program
 from tests.networks import images
 
@@ -101,6 +104,15 @@ def artifact() -> Path:
         },
     )
     return folder / "small"
+
+
+def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change what an artefact says of itself, and sign it again."""
+    file = directory / "manifest.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    sign(directory)
 
 
 def _train(network: nn.Module, steps: int, learning_rate: float) -> None:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from compress.export.targets import ExportSkippedError, onnxruntime
 from compress.runtime import load, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours
 from tests.export.networks import network
-from tests.export.programs import HERE, floating, quantized
+from tests.export.programs import HERE, edit, floating, quantized
 
 COMPILED = [name for name in HERE if name in ("aoti", "onnxruntime", "openvino")]
 
@@ -45,16 +43,6 @@ def copy(portable: Path, tmp_path: Path) -> Path:
 
 def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.rglob("*")}
-
-
-def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    from compress.runtime.trust import sign
-
-    file = directory / "manifest.json"
-    manifest = json.loads(file.read_text())
-    change(manifest)
-    file.write_text(json.dumps(manifest))
-    sign(directory)
 
 
 def test_what_is_added_is_what_the_export_would_have_built(copy: Path) -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.export.graph import drop_traces, input_specs, largest_batch, widen_single_channels
+from compress.export.graph import drop_traces, input_specs, largest_batch, rewritten, widen_single_channels
 from compress.quantize import convert, prepare
 from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
@@ -41,7 +41,7 @@ def test_widened_program_gives_the_same_and_has_no_narrow_convolution() -> None:
     torch.manual_seed(0)
     inputs = torch.randn(5, 1, 8, 8)
     program = quantized_program(Narrow(), inputs)
-    widened = widen_single_channels(program)
+    widened = rewritten(program, widen_single_channels)
     assert narrow_convolutions(program) == 3
     assert narrow_convolutions(widened) == 0
     torch.testing.assert_close(widened.module()(inputs), program.module()(inputs), rtol=0, atol=1e-6)
@@ -50,10 +50,10 @@ def test_widened_program_gives_the_same_and_has_no_narrow_convolution() -> None:
 def test_programs_without_narrow_convolutions_are_left_alone() -> None:
     torch.manual_seed(0)
     wide = quantized_program(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 3)), torch.randn(4, 3, 8, 8))
-    assert widen_single_channels(wide) is wide
+    assert rewritten(wide, widen_single_channels) is wide
     # Channels of their own per group are not the same as one channel.
     depthwise = quantized_program(nn.Conv2d(4, 4, 3, groups=4), torch.randn(4, 4, 8, 8))
-    assert widen_single_channels(depthwise) is depthwise
+    assert rewritten(depthwise, widen_single_channels) is depthwise
 
 
 def test_input_specs_say_what_is_dynamic() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from compress.runtime.examples import example_call
 from compress.runtime.loading import load_and_call
 from compress.runtime.manifest import Manifest
 from compress.runtime.requirements import native_requirements
-from compress.runtime.trust import sign
-from tests.export.programs import HERE, artifact, quantized
+from tests.export.programs import HERE, artifact, edit, quantized
 
 
 @pytest.fixture(autouse=True)
@@ -45,14 +43,6 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
 
     monkeypatch.setattr(loading, "measure", measure)
     return seen
-
-
-def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    file = directory / "manifest.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    sign(directory)
 
 
 def keep(content: dict[str, Any], *engines: str) -> None:

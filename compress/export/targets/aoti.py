@@ -13,30 +13,31 @@ import subprocess
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.export import ExportedProgram
+from torch.fx import GraphModule
 
 from compress.errors import ExportError
 from compress.export.archive import repack
-from compress.export.graph import spare_inputs, widen_single_channels
+from compress.export.graph import rewritten, spare_inputs, widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
 from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
 
-__all__ = ["FILE", "build", "count_kernels", "requires"]
+__all__ = ["FILE", "build", "compile_package", "count_kernels", "requires"]
 
 FILE = "model.aoti.pt2"
 
 # Calls from the generated wrapper into torch's kernels, and Inductor's own matrix products, whose names carry types.
 _INT8 = re.compile(r"\baoti_torch_cpu_\w*(?:qconv|qlinear)\w*(?=\()|^void cpp_\w*int8\w*gemm\w*(?=\()", re.MULTILINE)
 _FLOAT = re.compile(
-    r"\baoti_torch_cpu_(?!\w*(?:qconv|qlinear))\w*(?:convolution|linear|addmm|bmm|_mm_out|rnn_layer|scaled_dot_product)"
-    r"\w*(?=\()|^void cpp_(?!\w*int8)\w*gemm\w*(?=\()",
+    r"\baoti_torch_(?:cpu|cuda)_(?!\w*(?:qconv|qlinear))\w*(?:convolution|linear|addmm|bmm|_mm_out|rnn|scaled_dot_product)"
+    r"\w*(?=\()|\bcall_triton_tem_\w*(?=\()|^void cpp_(?!\w*int8)\w*gemm\w*(?=\()",
     re.MULTILINE,
 )
 
@@ -50,10 +51,32 @@ def build(program: ExportedProgram, path: Path) -> Census:
     """
     _check_compiler()
     _register_weight_packing()
+    # Else the number of threads of this machine is written into the code.
+    found = compile_package(rewritten(program, _for_inductor), path, {"cpp.dynamic_threads": True})
+    if found.int8_kernels and not has_vnni():
+        path.unlink()
+        raise ExportSkippedError(
+            "aoti: expected a processor with VNNI for int8, got one without: sums of products overflow there, and "
+            "convolutions differ from call to call. Leave the target out, or keep the network in floats."
+        )
+    return found
+
+
+def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str, Any]) -> Census:
+    """Compile a program for the device it is on, leave sources and symbols out of the package, and count its kernels.
+
+    Args:
+        program: Captured without grad modes inside.
+        path: Of the package.
+        settings: Of Inductor, beyond those that all packages have.
+
+    Raises:
+        ExportError: when the compiler fails.
+    """
     try:
         with torch.no_grad():
             torch._inductor.aoti_compile_and_package(
-                spare_inputs(widen_single_channels(program)), package_path=str(path), inductor_configs=_settings()
+                program, package_path=str(path), inductor_configs={**_settings(), **settings}
             )
     except Exception as error:  # Inductor raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -62,12 +85,6 @@ def build(program: ExportedProgram, path: Path) -> Census:
         ) from error
     with zipfile.ZipFile(path) as package:
         found = count_kernels(package.read(name).decode() for name in package.namelist() if name.endswith(".cpp"))
-    if found.int8_kernels and not has_vnni():
-        path.unlink()
-        raise ExportSkippedError(
-            "aoti: expected a processor with VNNI for int8, got one without: sums of products overflow there, and "
-            "convolutions differ from call to call. Leave the target out, or keep the network in floats."
-        )
     repack(path, _slim)
     return found
 
@@ -95,12 +112,12 @@ def requires() -> dict[str, Any]:
     return native_requirements()
 
 
+def _for_inductor(graph_module: GraphModule) -> int:
+    return widen_single_channels(graph_module) + spare_inputs(graph_module)
+
+
 def _settings() -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        "freezing": True,
-        # Else the number of threads of this machine is written into the code.
-        "cpp.dynamic_threads": True,
-    }
+    settings: dict[str, Any] = {"freezing": True}
     if hasattr(torch._inductor.config.aot_inductor, "enable_line_tables"):
         settings["aot_inductor.enable_line_tables"] = False  # takes compile time and two thirds of a small package
     return settings

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from compress.export.archive import repack
 from compress.export.arithmetic import written_out
-from compress.export.graph import drop_traces
+from compress.export.graph import drop_traces, loosen_views
 
 __all__ = ["FILE", "build", "requires"]
 
@@ -26,7 +26,7 @@ def build(program: ExportedProgram, path: Path) -> None:
     with torch.no_grad():
         plain = program.run_decompositions(written_out())
     drop_traces(plain)
-    _loosen_views(plain)
+    loosen_views(plain.graph_module)
     # Example inputs would be stored along with it, and nothing reads them.
     plain._example_inputs = None
     torch.export.save(plain, path)
@@ -36,11 +36,3 @@ def build(program: ExportedProgram, path: Path) -> None:
 def requires() -> dict[str, Any]:
     """Return what a machine needs: nothing but torch."""
     return {}
-
-
-def _loosen_views(program: ExportedProgram) -> None:
-    """Let views copy, in place: strides are those of the kernels that ran at capture, and attention has several."""
-    for node in program.graph_module.graph.nodes:
-        if node.target is torch.ops.aten.view.default:
-            node.target = torch.ops.aten.reshape.default
-    program.graph_module.recompile()

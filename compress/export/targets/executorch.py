@@ -16,10 +16,10 @@ from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from compress.errors import MissingPackageError
-from compress.export.graph import largest_batch
+from compress.export.graph import largest_batch, rewritten
+from compress.export.products import RECURRENT
 from compress.export.targets import Census, ExportSkippedError
 from compress.export.xnnpack_graph import rewrite
-from compress.surgery.capture import export_program
 
 __all__ = ["FILE", "build", "count_kernels", "planned_batch", "requires"]
 
@@ -27,7 +27,6 @@ FILE = "model.pte"
 
 _MATRIX = ("linear", "addmm", "mm", "bmm", "convolution", "baddbmm")
 _ATEN = torch.ops.aten
-_RECURRENT = {_ATEN.lstm.input, _ATEN.gru.input, _ATEN.rnn_tanh.input, _ATEN.rnn_relu.input}
 
 
 def build(program: ExportedProgram, path: Path) -> Census:
@@ -46,7 +45,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     except ImportError as error:
         raise MissingPackageError("executorch", "executorch") from error
     _check_recurrent(program)
-    signed = _rewritten(program)
+    signed = rewritten(program, rewrite)
     try:
         with torch.no_grad(), _quiet():
             lowered = to_edge_transform_and_lower(signed, partitioner=[XnnpackPartitioner()])
@@ -107,22 +106,12 @@ def requires() -> dict[str, Any]:
 
 
 def _check_recurrent(program: ExportedProgram) -> None:
-    kinds = sorted(
-        {node.target.__name__.partition(".")[0] for node in program.graph.nodes if node.target in _RECURRENT}
-    )
+    kinds = sorted({node.target.__name__.partition(".")[0] for node in program.graph.nodes if node.target in RECURRENT})
     if kinds:
         raise ExportSkippedError(
             f"executorch: expected no recurrent layers, got {', '.join(kinds)}: it writes every step out, and has no "
             "kernel for their weights as integers. Leave the target out."
         )
-
-
-def _rewritten(program: ExportedProgram) -> ExportedProgram:
-    graph_module = program.module(check_guards=False)
-    if rewrite(graph_module):
-        args, _ = program.example_inputs
-        program = export_program(graph_module, args)
-    return program
 
 
 def _check_left(lowered: ExportedProgram) -> None:

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
 from compress.export.onnx_translate import translate
+from compress.export.products import RECURRENT
 from compress.export.targets import Census, ExportSkippedError
 from compress.runtime.requirements import native_requirements
 
@@ -21,7 +22,6 @@ __all__ = ["FILE", "build", "requires"]
 FILE = "model.tvm.so"
 
 _MATRIX = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
-_RECURRENT = {torch.ops.aten.lstm.input, torch.ops.aten.gru.input}
 
 
 def build(program: ExportedProgram, path: Path) -> Census:
@@ -40,7 +40,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
         raise MissingPackageError("apache-tvm", "tvm") from error
     if not (shutil.which("g++") or shutil.which("clang++")):
         raise ExportSkippedError("tvm: expected a C++ compiler, got none. Install one, e.g. apt-get install g++.")
-    if any(node.target in _RECURRENT for node in program.graph.nodes):
+    if any(node.target in RECURRENT for node in program.graph.nodes):
         with torch.no_grad():
             program = program.run_decompositions()
     model = translate(program, target="tvm")

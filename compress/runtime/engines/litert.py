@@ -40,8 +40,7 @@ class LiteRTEngine:
 
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs of a batch of arrays."""
-        interpreter = self._interpreter()
-        takes, gives = sorted(interpreter.get_input_details(), key=_place), interpreter.get_output_details()
+        interpreter, takes, gives = self._interpreter()
         given = [_integers(value, entry) for value, entry in zip(inputs, takes)]
         outputs: list[list[np.ndarray]] = [[] for _ in gives]
         for sample in range(len(given[0])):
@@ -52,10 +51,13 @@ class LiteRTEngine:
                 found.append(interpreter.get_tensor(entry["index"]))
         return [_floats(np.concatenate(found), entry) for found, entry in zip(outputs, gives)]
 
-    def _interpreter(self) -> Any:
+    def _interpreter(self) -> tuple[Any, list[Any], list[Any]]:
+        """Return this thread's interpreter, and what it says of its inputs and outputs."""
         own = getattr(self._interpreters, "own", None)
         if own is None:
-            own = self._interpreters.own = open_file(self._path, self.threads)
+            interpreter = open_file(self._path, self.threads)
+            takes, gives = sorted(interpreter.get_input_details(), key=_place), interpreter.get_output_details()
+            own = self._interpreters.own = (interpreter, takes, gives)
         return own
 
 

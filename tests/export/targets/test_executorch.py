@@ -14,24 +14,16 @@ from compress.runtime.engines import make_engine
 from compress.surgery.capture import export_program
 from tests.export.networks import network
 from tests.export.programs import quantized
+from tests.export.targets.checks import check_outputs
 
 pytest.importorskip("executorch", reason="the extra `executorch` is not installed")
 
 
 @pytest.mark.parametrize(("kind", "products", "attention"), [("cnn", 4, 0), ("transformer", 5, 2)])
 def test_outputs_are_those_of_the_module(kind: str, products: int, attention: int, tmp_path: Path) -> None:
-    made = network(kind)
-    for name, program, module, limit, kernels in (
-        ("floats", made.program, made.reference, 1e-5, (0, products + attention)),
-        ("integers", made.integers, made.prepared, 0.02, (products, attention)),
-    ):
-        path = tmp_path / name
-        found = executorch.build(program, path)
-        assert (found.int8_kernels, found.float_kernels) == kernels, found
-        wanted = reference_outputs(module, [made.inputs])
-        parity = check_parity(make_engine("executorch", path), wanted, [made.inputs])
-        assert parity.batches.relative_error < limit, parity.batches
-        assert parity.singles.relative_error < limit, parity.singles
+    counted = check_outputs(executorch, "executorch", kind, tmp_path)
+    kernels = {name: (census.int8_kernels, census.float_kernels) for name, census in counted.items()}
+    assert kernels == {"floats": (0, products + attention), "integers": (products, attention)}
 
 
 def test_every_layer_of_a_residual_net_becomes_an_integer_kernel(tmp_path: Path) -> None:

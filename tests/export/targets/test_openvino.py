@@ -12,24 +12,14 @@ from compress.runtime.engines import make_engine
 from compress.runtime.engines import openvino as engine_module
 from tests.export.networks import KINDS, network
 from tests.export.programs import floating, quantized
+from tests.export.targets.checks import check_outputs
 
 pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_those_of_the_module(kind: str, tmp_path: Path) -> None:
-    made = network(kind)
-    for name, program, module, limit in (
-        ("floats", made.program, made.reference, 1e-5),
-        ("integers", made.integers, made.prepared, 0.02),
-    ):
-        (tmp_path / name).mkdir()
-        path = tmp_path / name / openvino.FILE
-        census = openvino.build(program, path)
-        wanted = reference_outputs(module, [made.inputs])
-        found = check_parity(make_engine("openvino", path), wanted, [made.inputs])
-        assert found.batches.relative_error < limit, found.batches
-        assert found.singles.relative_error < limit, found.singles
+    for name, census in check_outputs(openvino, "openvino", kind, tmp_path).items():
         assert (census.int8_kernels > 0) == (name == "integers"), census
 
 
