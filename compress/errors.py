@@ -10,6 +10,7 @@ __all__ = [
     "CompressError",
     "DataError",
     "EditError",
+    "EngineError",
     "ExportError",
     "ExportSkippedError",
     "MissingPackageError",
@@ -48,6 +49,10 @@ class ExportSkippedError(CompressError):
 
 class ArtifactError(CompressError):
     """An artefact cannot be read or served."""
+
+
+class EngineError(CompressError):
+    """An engine cannot start on this machine; another may."""
 
 
 class RunError(CompressError):

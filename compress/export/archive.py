@@ -10,19 +10,16 @@ from pathlib import Path
 __all__ = ["repack"]
 
 
-def repack(path: Path, change: Callable[[str, bytes], bytes | None] | None = None) -> None:
+def repack(path: Path, change: Callable[[str, bytes], bytes] | None = None) -> None:
     """Compress an archive's entries in place; torch's readers take them as well.
 
     Args:
         path: A ``.pt2`` file.
-        change: Maps an entry's name and content to its new content, or to ``None`` to leave it out.
+        change: Maps an entry's name and content to its new content.
     """
     slim = path.with_name(f"{path.name}.slim")
     with zipfile.ZipFile(path) as source, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as target:
         for entry in source.infolist():
-            content: bytes | None = source.read(entry)
-            if change is not None and content is not None:
-                content = change(entry.filename, content)
-            if content is not None:
-                target.writestr(entry.filename, content)
+            content = source.read(entry)
+            target.writestr(entry.filename, content if change is None else change(entry.filename, content))
     os.replace(slim, path)

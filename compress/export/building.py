@@ -78,7 +78,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
     census = with_macs(target.build(job.program, path), job.work)
-    parity = check_parity(make_engine(engine, path), job.wanted, job.inputs)
+    parity = check_parity(make_engine(getattr(target, "CHECKED_BY", engine), path), job.wanted, job.inputs)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(
         file=target.FILE,

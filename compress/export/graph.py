@@ -16,6 +16,7 @@ from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 
 __all__ = [
+    "drop_assertions",
     "drop_traces",
     "input_specs",
     "largest_batch",
@@ -112,6 +113,14 @@ def spare_inputs(graph_module: GraphModule) -> int:
                 changed += 1
                 break
     return changed
+
+
+def drop_assertions(program: ExportedProgram) -> None:
+    """Drop what checks the device and type of tensors, in place: it fails once the program is moved."""
+    for node in list(program.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            program.graph.erase_node(node)
+    program.graph_module.recompile()
 
 
 def drop_traces(program: ExportedProgram) -> None:

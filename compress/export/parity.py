@@ -59,7 +59,7 @@ def check_parity(engine: Engine, wanted: np.ndarray, held_out: Sequence[Tensor])
     Raises:
         ExportError: when the engine does not run, or gives outputs of another shape.
     """
-    inputs = held_out if engine.takes == "torch" else [tensor.numpy() for tensor in held_out]
+    inputs = held_out if engine.takes != "numpy" else [tensor.numpy() for tensor in held_out]
     found = []
     for num, batch in ((len(wanted), _BATCH), (_NUM_SINGLES, 1)):
         try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "describe_machine", "has_vnni", "versions"]
+__all__ = ["cpu_flags", "describe_machine", "has_bf16", "has_cuda", "has_vnni", "versions"]
 
 _PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "executorch"]
 _PACKAGES += ["numpy"]
@@ -38,12 +40,29 @@ def versions() -> dict[str, str]:
 
 def cpu_flags() -> set[str]:
     """Return the processor's feature flags as Linux names them; empty where they cannot be read."""
-    return set(_cpuinfo("flags").split())
+    return set((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
 def has_vnni() -> bool:
     """Say whether sums of int8 products are exact: on x86 without VNNI, those of two products overflow 16 bits."""
     return platform.machine().lower() not in ("x86_64", "amd64") or bool(cpu_flags() & {"avx512_vnni", "avx_vnni"})
+
+
+def has_bf16() -> bool:
+    """Say whether the processor multiplies in bfloat16."""
+    return bool(cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+@cache
+def has_cuda() -> bool:
+    """Say whether there is a driver for NVIDIA's GPUs, without importing torch, and no word that hides them."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return False
+    try:
+        ctypes.CDLL("nvcuda.dll" if platform.system() == "Windows" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _cpuinfo(key: str) -> str:

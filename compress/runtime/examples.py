@@ -21,7 +21,7 @@ def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[],
         shape = (batch, *(size or 1 for size in spec.shape[1:]))
         values = generator.standard_normal(shape)
         inputs.append(values.astype(spec.dtype) if "float" in spec.dtype else np.zeros(shape, spec.dtype))
-    if engine.takes == "torch":
+    if engine.takes != "numpy":
         import torch
 
         inputs = [torch.from_numpy(array) for array in inputs]

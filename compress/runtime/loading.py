@@ -9,10 +9,19 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compress.errors import ArtifactError, CompressError
-from compress.measure.machine import describe_machine
+from compress.errors import ArtifactError, CompressError, EngineError
+from compress.measure.machine import describe_machine, has_cuda
 from compress.runtime.dispatch import BUCKETS, Times, choose, measure
-from compress.runtime.engines import ENGINES, Engine, make_engine, missing_package, runs_code
+from compress.runtime.engines import (
+    ENGINES,
+    READS,
+    Engine,
+    device_of,
+    engines_for,
+    make_engine,
+    missing_package,
+    runs_code,
+)
 from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, check_file, read_manifest
 from compress.runtime.model import CompactModel
@@ -37,7 +46,8 @@ def load(
 
     Args:
         path: The artefact's directory.
-        device: ``"auto"`` or ``"cpu"``; every engine of this version runs on the CPU.
+        device: ``"cpu"``, ``"cuda"`` (the current GPU) or ``"auto"``, where engines on both compete; without a GPU, the
+            CPU serves.
         engine: A name, or ``"auto"``: the engines that can run here are measured once, interleaved, at a few batch
             sizes, and each batch is served by the fastest at the nearest of them; one engine serves all where it is
             within 3 % of the others. What was measured is remembered for this machine and artefact.
@@ -48,22 +58,22 @@ def load(
         ArtifactError: when the artefact is damaged, or has no engine that can run here.
     """
     directory = Path(path)
-    if device not in ("auto", "cpu"):
-        raise ArtifactError(f"device: expected 'auto' or 'cpu', got {device!r}. Use 'auto'.")
+    if device not in ("auto", "cpu", "cuda"):
+        raise ArtifactError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}. Use 'auto'.")
     if num_threads is not None and num_threads < 1:
         raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
     manifest = read_manifest(directory)
     trusted = is_ours(directory) or trust
     files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
-    if engine != "auto" and engine not in manifest.targets:
-        raise ArtifactError(
-            f"engine: expected one of {', '.join(manifest.targets)}, got {engine!r}. Use 'auto', or export that target."
-        )
+    if engine == "auto":
+        wanted = engines_for(manifest.targets, device)
+    else:
+        _check_engine(engine, manifest, device)
+        wanted = [engine]
 
     def make(name: str) -> Engine:
-        return make_engine(name, files[name], num_threads=num_threads)
+        return make_engine(name, files[READS.get(name, name)], num_threads=num_threads)
 
-    wanted = list(manifest.targets) if engine == "auto" else [engine]
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
     memory = _Memory(directory, able, num_threads)
@@ -72,7 +82,14 @@ def load(
     loaded = _load_each(winners, make, reasons)
     if len(loaded) < len(winners):  # what served here before may be one that cannot be loaded any more
         times, loaded = {}, loaded | _load_each([name for name in able if name not in winners], make, reasons)
+    if loaded and engine == "auto":  # nobody has asked for what has no target of its own
+        reasons = {name: reason for name, reason in reasons.items() if name not in READS}
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    if not loaded and device == "cuda":
+        warnings.warn(
+            f"device: expected an engine on a GPU, got none ({why or 'no GPU'}); the CPU serves", stacklevel=2
+        )
+        return load(path, "cpu", num_threads=num_threads, trust=trust)
     if not loaded:
         raise ArtifactError(
             f"{manifest.name}: expected an engine that runs here, got none ({why}). "
@@ -94,6 +111,18 @@ def load(
     )
 
 
+def _check_engine(engine: str, manifest: Manifest, device: str) -> None:
+    if READS.get(engine, engine) not in manifest.targets:
+        raise ArtifactError(
+            f"engine: expected one of {', '.join(engines_for(manifest.targets, device))}, got {engine!r}. "
+            "Use 'auto', or export that target."
+        )
+    if engine in ENGINES and device not in ("auto", device_of(engine)):
+        raise ArtifactError(
+            f"engine: expected one that runs on {device}, got {engine}, which does not. Leave out one of the two."
+        )
+
+
 def load_and_call(path: str, engine: str) -> Callable[[], object]:
     """Load one engine of an artefact and return a call that runs a batch of one."""
     directory = Path(path)
@@ -101,7 +130,8 @@ def load_and_call(path: str, engine: str) -> Callable[[], object]:
     reason = _why_not(engine, manifest, trusted=is_ours(directory))
     if reason:
         raise ArtifactError(f"{engine}: expected an engine that runs here, got none ({reason}). Name another.")
-    return example_call(make_engine(engine, check_file(directory, manifest.targets[engine])), manifest, 1)
+    file = check_file(directory, manifest.targets[READS.get(engine, engine)])
+    return example_call(make_engine(engine, file), manifest, 1)
 
 
 def _why_not(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
@@ -112,7 +142,9 @@ def _why_not(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
     package = missing_package(name)
     if package:
         return f"{package} is not installed"
-    return why_not(manifest.targets[name].requires)
+    if device_of(name) == "cuda" and not has_cuda():
+        return "there is no GPU that CUDA sees"
+    return why_not(manifest.targets[READS.get(name, name)].requires)
 
 
 def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dict[str, str]) -> dict[str, Engine]:
@@ -120,6 +152,8 @@ def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dic
     for name in names:
         try:
             loaded[name] = make(name)
+        except EngineError as error:
+            reasons[name] = str(error)
         except CompressError:
             raise  # a damaged file is not a matter of this machine
         except Exception as error:  # a library that cannot load its file raises anything

@@ -199,6 +199,8 @@ def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
     if given == "numpy":
         # torch cannot share memory that is read-only or runs backwards.
         return engine([torch.from_numpy(np.require(value, requirements=["C", "W"])) for value in inputs])[0].numpy()
+    if engine.takes == "cuda":
+        return engine(inputs)[0]
     device = inputs[0].device
     tensors = [value.detach().cpu() for value in inputs]
     if engine.takes == "torch":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
-from compress.measure.machine import cpu_flags
+from compress.measure.machine import cpu_flags, has_cuda
 
-__all__ = ["native_requirements", "why_not"]
+__all__ = ["cuda_requirements", "native_requirements", "why_not"]
 
 # Flags that change which instructions a compiler emits for -march=native.
 _INSTRUCTION_SETS = ("avx", "amx", "fma", "f16c", "bmi", "sse4", "gfni", "vaes", "vpclmul", "movbe", "adx")
@@ -25,6 +26,11 @@ def native_requirements() -> dict[str, Any]:
     }
 
 
+def cuda_requirements() -> dict[str, Any]:
+    """Return what code for this machine's GPU needs to run elsewhere: a GPU with the same compute capability, too."""
+    return {**native_requirements(), "cuda": _compute_capability()}
+
+
 def why_not(requires: Mapping[str, Any]) -> str | None:
     """Say why this machine cannot run a file, or ``None`` when it can.
 
@@ -36,6 +42,11 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
     for key, value in here.items():
         if requires.get(key, value) != value:
             return f"built for {requires[key]}, this is {value}"
+    if "cuda" in requires:
+        if not has_cuda():
+            return "there is no GPU that CUDA sees"
+        if find_spec("torch") and _compute_capability() != requires["cuda"]:
+            return f"built for compute capability {requires['cuda']}, this is {_compute_capability()}"
     flags = cpu_flags()
     missing = sorted(set(requires.get("flags", [])) - flags) if flags else []
     if missing:
@@ -49,3 +60,11 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
         if found != version:
             return f"built with {package} {version}, this is {found}"
     return None
+
+
+def _compute_capability() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none"
+    return "{}.{}".format(*torch.cuda.get_device_capability())

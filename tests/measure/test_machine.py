@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from compress.measure.machine import cpu_flags, describe_machine, versions
+from compress.measure import machine
+from compress.measure.machine import cpu_flags, describe_machine, has_bf16, has_cuda, versions
 
 
 def test_machine_is_described_in_json() -> None:
@@ -29,3 +30,23 @@ def test_flags_are_the_kernels() -> None:
     text = Path("/proc/cpuinfo").read_text()
     assert all(flag in text for flag in cpu_flags())
     assert ("avx2" in cpu_flags()) == (" avx2 " in text)
+
+
+@pytest.mark.parametrize(
+    ("flags", "has"), [({"avx512_bf16", "fma"}, True), ({"asimd", "bf16"}, True), ({"avx2"}, False)]
+)
+def test_bfloat16_is_read_from_the_flags(flags: set[str], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
+    assert has_bf16() == has
+
+
+def test_hidden_gpus_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: name)
+    for hidden in ("", "-1"):
+        has_cuda.cache_clear()
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert not has_cuda()
+    has_cuda.cache_clear()
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert has_cuda()
+    has_cuda.cache_clear()

@@ -214,6 +214,25 @@ def test_no_engine_at_all_is_an_error_with_every_reason(copy: Path, monkeypatch:
         load(copy)
 
 
+def test_without_a_gpu_the_cpu_serves_and_says_so(timed: list[set[str]]) -> None:
+    with pytest.warns(UserWarning, match=r"expected an engine on a GPU, got none \(no GPU\); the CPU serves"):
+        model = load(artifact(), "cuda")
+    assert model.engines == tuple(HERE)
+    with (
+        pytest.warns(UserWarning, match="eager_cuda: there is no GPU that CUDA sees"),
+    ):
+        assert load(artifact(), "cuda", engine="eager_cuda").engines == tuple(HERE)
+    with pytest.raises(ArtifactError, match="eager_cuda: there is no GPU that CUDA sees"):
+        load(artifact(), engine="eager_cuda")
+
+
+def test_an_engine_on_another_device_is_refused() -> None:
+    with pytest.raises(ArtifactError, match="expected one that runs on cpu, got eager_cuda"):
+        load(artifact(), "cpu", engine="eager_cuda")
+    with pytest.raises(ArtifactError, match="expected one that runs on cuda, got eager"):
+        load(artifact(), "cuda", engine="eager")
+
+
 def test_load_and_call_runs_one_sample() -> None:
     outputs = load_and_call(str(artifact()), "onnxruntime")()
     assert [output.shape for output in outputs] == [(1, 3)]  # type: ignore[attr-defined]

@@ -2,6 +2,8 @@
 
 Each module has ``FILE``, ``build(program, path)``, which returns a ``Census`` where the engine compiles, and
 ``requires()``, which says what a machine needs to run the file; ``PARTS`` names what is written beside it, if anything.
+``EXACT = False`` says that it computes in less than float32, ``CHECKED_BY`` which engine is asked in place of its own
+when its outputs are checked.
 """
 
 from __future__ import annotations
@@ -15,6 +17,12 @@ __all__ = ["TARGETS", "Census", "ExportSkippedError"]
 TARGETS = {
     "eager": "compress.export.targets.eager",
     "aoti": "compress.export.targets.aoti",
+    "aoti_bf16": "compress.export.targets.aoti_bf16",
+    "cuda_bf16": "compress.export.targets.cuda_bf16",
+    "cuda_fp16": "compress.export.targets.cuda_fp16",
+    "aoti_cuda": "compress.export.targets.aoti_cuda",
+    "aoti_cuda_bf16": "compress.export.targets.aoti_cuda_bf16",
+    "aoti_cuda_fp16": "compress.export.targets.aoti_cuda_fp16",
     "onnxruntime": "compress.export.targets.onnxruntime",
     "openvino": "compress.export.targets.openvino",
     "executorch": "compress.export.targets.executorch",

@@ -33,6 +33,8 @@ __all__ = ["FILE", "build", "compile_package", "count_kernels", "requires"]
 
 FILE = "model.aoti.pt2"
 
+_MOST_BYTES = 1_900_000_000
+
 # Calls from the generated wrapper into torch's kernels, and Inductor's own matrix products, whose names carry types.
 _INT8 = re.compile(r"\baoti_torch_cpu_\w*(?:qconv|qlinear)\w*(?=\()|^void cpp_\w*int8\w*gemm\w*(?=\()", re.MULTILINE)
 _FLOAT = re.compile(
@@ -143,12 +145,13 @@ def _register_weight_packing() -> None:
     _register_quantization_weight_pack_pass()
 
 
-def _slim(name: str, content: bytes) -> bytes | None:
-    """Leave out the sources and strip the libraries of symbols."""
+def _slim(name: str, content: bytes) -> bytes:
+    """Empty the sources, whose names torch 2.11 finds other files by, and strip the libraries of symbols."""
     if name.endswith(".cpp"):
-        return None
+        return b""
     tool = shutil.which("strip")
-    if tool is None or not name.endswith(".so"):
+    # Weights beyond this are behind the library, where tools that rewrite it do not look.
+    if tool is None or not name.endswith(".so") or len(content) > _MOST_BYTES:
         return content
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "library.so"

@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from compress.export.archive import repack
 from compress.export.arithmetic import written_out
-from compress.export.graph import drop_traces, loosen_views
+from compress.export.graph import drop_assertions, drop_traces, loosen_views
 
 __all__ = ["FILE", "build", "requires"]
 
@@ -26,6 +26,7 @@ def build(program: ExportedProgram, path: Path) -> None:
     with torch.no_grad():
         plain = program.run_decompositions(written_out())
     drop_traces(plain)
+    drop_assertions(plain)
     loosen_views(plain.graph_module)
     # Example inputs would be stored along with it, and nothing reads them.
     plain._example_inputs = None

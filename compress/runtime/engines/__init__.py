@@ -2,32 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-__all__ = ["ENGINES", "Engine", "make_engine", "missing_package", "runs_code"]
+from compress.measure.machine import has_cuda
+
+__all__ = ["ENGINES", "READS", "Engine", "device_of", "engines_for", "make_engine", "missing_package", "runs_code"]
 
 ENGINES = {
     "eager": "compress.runtime.engines.eager",
     "aoti": "compress.runtime.engines.aoti",
+    "aoti_bf16": "compress.runtime.engines.aoti",
+    "cuda_bf16": "compress.runtime.engines.eager_cuda",
+    "cuda_fp16": "compress.runtime.engines.eager_cuda",
+    "aoti_cuda": "compress.runtime.engines.aoti_cuda",
+    "aoti_cuda_bf16": "compress.runtime.engines.aoti_cuda",
+    "aoti_cuda_fp16": "compress.runtime.engines.aoti_cuda",
     "onnxruntime": "compress.runtime.engines.onnxruntime",
     "openvino": "compress.runtime.engines.openvino",
     "executorch": "compress.runtime.engines.executorch",
     "tvm": "compress.runtime.engines.tvm",
     "litert": "compress.runtime.engines.litert",
+    "eager_cuda": "compress.runtime.engines.eager_cuda",
+    "onnxruntime_cuda": "compress.runtime.engines.onnxruntime_cuda",
+    "onnxruntime_tensorrt": "compress.runtime.engines.onnxruntime_tensorrt",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
-the installed ``PACKAGES``; ``RUNS_CODE`` says whether loading its file may run code that is in it."""
+the installed ``PACKAGES``; ``RUNS_CODE`` says whether loading its file may run code that is in it, ``DEVICE`` where it
+runs if that is not the CPU."""
+
+READS = {"eager_cuda": "eager", "onnxruntime_cuda": "onnxruntime", "onnxruntime_tensorrt": "onnxruntime"}
+"""Engines that read the file of another target than that of their own name."""
 
 
 class Engine(Protocol):
     """Runs a batch.
 
     Attributes:
-        takes: ``"torch"`` or ``"numpy"``: what it takes and gives, on the CPU.
+        takes: ``"numpy"`` or ``"torch"``: arrays or tensors on the CPU, and gives such; ``"cuda"``: tensors on any
+            device, and gives them on the same.
     """
 
     takes: str
@@ -52,6 +68,26 @@ def make_engine(name: str, path: Path, *, num_threads: int | None = None) -> Eng
         MissingPackageError: when the engine's library is not installed.
     """
     return import_module(ENGINES[name]).make(path, num_threads)
+
+
+def engines_for(targets: Collection[str], device: str) -> list[str]:
+    """Return the engines for what an artefact holds.
+
+    Args:
+        targets: Names of its targets; those that this version does not know come last.
+        device: ``"cpu"``, ``"cuda"``, or ``"auto"`` for both; without a GPU, for the CPU alone.
+    """
+    known = [name for name in ENGINES if READS.get(name, name) in targets]
+    devices = {"cpu", "cuda"} if device == "auto" else {device}
+    if not has_cuda():
+        devices.discard("cuda")
+    found = [name for name in known if device_of(name) in devices]
+    return [*found, *(name for name in targets if name not in ENGINES)]
+
+
+def device_of(name: str) -> str:
+    """Return where an engine runs: ``"cpu"`` or ``"cuda"``."""
+    return str(getattr(import_module(ENGINES[name]), "DEVICE", "cpu"))
 
 
 def runs_code(name: str) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.errors import MissingPackageError
+from compress.errors import EngineError, MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 from compress.runtime.manifest import TensorSpec
 
-__all__ = ["PACKAGES", "ONNXRuntimeEngine", "make"]
+__all__ = ["PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
 
 PACKAGES = ("onnxruntime",)
 RUNS_CODE = False
@@ -19,21 +19,23 @@ _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the other
 
 
 class ONNXRuntimeEngine:
-    """Runs an ONNX file on the CPU.
+    """Runs an ONNX file.
 
     Args:
         path: The file.
         num_threads: Threads of one call; all cores of this process without it.
+        providers: What runs its operators, in the order of preference, before the CPU.
 
     Attributes:
         threads: Threads of one call.
+        providers: What was started.
         inputs: The file's inputs.
         outputs: The file's outputs.
     """
 
     takes = "numpy"
 
-    def __init__(self, path: Path, num_threads: int | None) -> None:
+    def __init__(self, path: Path, num_threads: int | None, providers: Sequence[str] = ()) -> None:
         import onnxruntime
 
         self.threads = num_threads or int(describe_machine()["cores"])
@@ -45,7 +47,8 @@ class ONNXRuntimeEngine:
         if not has_vnni():
             # Sums of int8 products overflow on AVX2 and AVX-512 without VNNI; uint8 weights are exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
-        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
+        self.providers: list[str] = self._session.get_providers()
         self.inputs = tuple(map(_spec, self._session.get_inputs()))
         self.outputs = tuple(map(_spec, self._session.get_outputs()))
 
@@ -60,9 +63,36 @@ def _spec(entry: Any) -> TensorSpec:
 
 
 def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
-    """Open a session."""
+    """Open a session on the CPU."""
+    return open_session(path, num_threads)
+
+
+def open_session(path: Path, num_threads: int | None, *providers: str) -> ONNXRuntimeEngine:
+    """Open a session.
+
+    Args:
+        path: The ONNX file.
+        num_threads: Threads of one call on the CPU.
+        providers: What runs its operators, before the CPU.
+
+    Raises:
+        MissingPackageError: when onnxruntime is not installed.
+        EngineError: when what is installed lacks a provider, or it cannot be started here.
+    """
     try:
-        import onnxruntime  # noqa: F401
+        import onnxruntime
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "all") from error
-    return ONNXRuntimeEngine(path, num_threads)
+    absent = [name for name in providers if name not in onnxruntime.get_available_providers()]
+    if absent:
+        raise EngineError(
+            f"onnxruntime: expected one with {', '.join(absent)}, got none. Install onnxruntime-gpu in its place."
+        )
+    engine = ONNXRuntimeEngine(path, num_threads, providers)
+    absent = [name for name in providers if name not in engine.providers]
+    if absent:  # it goes on without them, and without a word
+        raise EngineError(
+            f"onnxruntime: expected {', '.join(absent)} to start, got {', '.join(engine.providers)} alone. Install the "
+            "libraries that it needs."
+        )
+    return engine

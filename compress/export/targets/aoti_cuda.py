@@ -1,0 +1,70 @@
+"""A package compiled by AOTInductor for the GPU of this machine, in float32.
+
+``TORCHINDUCTOR_MAX_AUTOTUNE=1`` in the environment lets Inductor measure more kernels, which takes minutes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from compress.errors import ExportSkippedError
+from compress.export.apart import why_not_loaded
+from compress.export.graph import drop_assertions
+from compress.export.precision import in_precision
+from compress.export.targets import Census
+from compress.export.targets.aoti import compile_package
+from compress.measure.machine import has_cuda
+from compress.runtime.requirements import cuda_requirements
+from compress.surgery.capture import export_program
+
+__all__ = ["FILE", "build", "build_in", "requires"]
+
+FILE = "model.aoti_cuda.pt2"
+
+_TYPICAL_BATCH = 32  # kernels fit any batch; this is what they are chosen for
+
+
+def build(program: ExportedProgram, path: Path) -> Census:
+    """Compile the program into one file, and count its kernels.
+
+    Raises:
+        ExportSkippedError: when there is no GPU, torch cannot load what it has compiled, or the program is quantised.
+        ExportError: when the compiler fails.
+    """
+    return build_in(torch.float32, program, path)
+
+
+def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census:
+    """Compile the program in a precision; its inputs and outputs stay in float32."""
+    program = in_precision(program, dtype)
+    if not (has_cuda() and torch.cuda.is_available()):
+        raise ExportSkippedError(
+            "aoti_cuda: expected a GPU that CUDA sees, got none. Export on a machine with one, or leave the target out."
+        )
+    from torch.export.passes import move_to_device_pass
+
+    args, _ = program.example_inputs
+    few = [tensor[:1].expand(_TYPICAL_BATCH, *tensor.shape[1:]).contiguous() for tensor in args]
+    program = export_program(program.module(check_guards=False), few)
+    drop_assertions(program)
+    # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.
+    settings = {"force_layout_optimization": True}
+    census = compile_package(move_to_device_pass(program, "cuda"), path, settings)
+    # Seen with torch 2.11 on an H200: its loader crashes, whatever the network.
+    reason = why_not_loaded("aoti_cuda", path)
+    if reason is not None:
+        path.unlink()
+        raise ExportSkippedError(
+            f"aoti_cuda: expected a package that torch {torch.__version__} can load here, got: {reason}. "
+            "Leave the target out, or try another version of torch."
+        )
+    return census
+
+
+def requires() -> dict[str, Any]:
+    """Return what a machine needs: the same kind of GPU, and what the code around the kernels needs."""
+    return cuda_requirements()

@@ -1,0 +1,133 @@
+"""Calls of a network on a GPU: batches padded to a few sizes, each of which is one CUDA graph."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+__all__ = ["BUCKETS", "OnCUDA", "bucket_of"]
+
+BUCKETS = (1, 2, 4, 8, 16, 32)
+"""Batch sizes that are captured as graphs: below, starting kernels takes longer than running them."""
+
+_WARMUPS = 3  # libraries choose and allocate in the first calls, which cannot be captured
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+
+class OnCUDA:
+    """Runs batches on the current GPU.
+
+    A batch of up to 32 samples is copied into the inputs of the graph of the smallest size that holds it, whose other
+    samples are whatever was there; samples do not see each other, so nothing changes. Larger batches, and those whose
+    graphs cannot be captured, run kernel by kernel. All calls take turns on a stream of their own, ordered after the
+    caller's stream and before what the caller does next; the host waits only for outputs on the CPU.
+
+    Args:
+        run: From a list of tensors on the GPU, contiguous, to a list of outputs there; a row for each sample.
+    """
+
+    takes = "cuda"
+
+    def __init__(self, run: Callable[[list[Any]], Sequence[Any]]) -> None:
+        import torch
+
+        self._torch = torch
+        self._run = run
+        self._device = torch.device("cuda", torch.cuda.current_device())
+        self._stream = torch.cuda.Stream(self._device)
+        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph | None] = {}
+        self._pool: Any = None
+        self._lock = Lock()
+
+    @property
+    def threads(self) -> int:
+        """Threads of one call: the one that starts kernels."""
+        return 1
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Return the outputs of a batch of tensors, on the device of the first of them."""
+        torch = self._torch
+        with self._lock, torch.no_grad(), torch.cuda.device(self._device):
+            caller = torch.cuda.current_stream()
+            self._stream.wait_stream(caller)
+            with torch.cuda.stream(self._stream):
+                outputs = self._on_stream(inputs)
+                if inputs[0].device.type == "cpu":
+                    outputs = [value.to("cpu", non_blocking=True) for value in outputs]
+                    self._stream.synchronize()
+                    return outputs
+            caller.wait_stream(self._stream)
+        for value in inputs:
+            if value.is_cuda:
+                value.record_stream(self._stream)
+        for value in outputs:
+            value.record_stream(caller)
+        return outputs
+
+    def _on_stream(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        num = len(inputs[0])
+        bucket = bucket_of(num)
+        graph = self._graph(inputs, bucket) if bucket else None
+        if graph is None:
+            return list(self._exactly([value.detach().to(self._device, non_blocking=True) for value in inputs]))
+        for place, value in zip(graph.inputs, inputs):
+            place[:num].copy_(value, non_blocking=True)
+        graph.graph.replay()
+        # The next call writes over the graph's own.
+        return [value[:num].clone() for value in graph.outputs]
+
+    def _graph(self, inputs: Sequence[Tensor], bucket: int) -> _Graph | None:
+        key = tuple((bucket, *value.shape[1:]) for value in inputs)
+        if key not in self._graphs:
+            places = [
+                self._torch.zeros(shape, dtype=value.dtype, device=self._device) for shape, value in zip(key, inputs)
+            ]
+            for place, value in zip(places, inputs):
+                place[: len(value)].copy_(value)
+            try:
+                self._graphs[key] = self._capture(places)
+            except RuntimeError:  # something in it needs the host
+                self._graphs[key] = None
+        return self._graphs[key]
+
+    def _capture(self, places: list[Tensor]) -> _Graph:
+        torch = self._torch
+        for _ in range(_WARMUPS):
+            self._exactly(places)
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = list(self._exactly(places))
+        return _Graph(graph, places, outputs)
+
+    def _exactly(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        """Run in the precision that the program says: TF32 would be another, and convolutions take it by default."""
+        cudnn = self._torch.backends.cudnn
+        with cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=False):
+            return self._run([value.reshape(-1).view(value.shape) for value in inputs])
+
+
+def bucket_of(num: int) -> int | None:
+    """Return the size of the graph for a batch, or ``None`` where there is none.
+
+    Example:
+        >>> bucket_of(1), bucket_of(3), bucket_of(32), bucket_of(33)
+        (1, 4, 32, None)
+    """
+    place = bisect_left(BUCKETS, num)
+    return BUCKETS[place] if place < len(BUCKETS) else None
