@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,12 +22,13 @@ __all__ = ["translate"]
 _LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GiB
 
 
-def translate(program: ExportedProgram, *, target: str) -> ModelProto:
+def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[ModelProto], None] = rewrite) -> ModelProto:
     """Translate a program.
 
     Args:
         program: Quantised or not.
         target: The target that asks, for messages.
+        rewrite: Makes of the translation what the engine wants, in place; ONNX Runtime's by default.
 
     Raises:
         ExportSkippedError: when the program is larger than one ONNX file can be, or has an operator that ONNX lacks.

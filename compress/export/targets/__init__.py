@@ -28,6 +28,7 @@ TARGETS = {
     "executorch": "compress.export.targets.executorch",
     "tvm": "compress.export.targets.tvm",
     "litert": "compress.export.targets.litert",
+    "tensorrt": "compress.export.targets.tensorrt",
 }
 
 

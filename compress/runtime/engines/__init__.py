@@ -26,15 +26,15 @@ ENGINES = {
     "executorch": "compress.runtime.engines.executorch",
     "tvm": "compress.runtime.engines.tvm",
     "litert": "compress.runtime.engines.litert",
+    "tensorrt": "compress.runtime.engines.tensorrt",
     "eager_cuda": "compress.runtime.engines.eager_cuda",
     "onnxruntime_cuda": "compress.runtime.engines.onnxruntime_cuda",
-    "onnxruntime_tensorrt": "compress.runtime.engines.onnxruntime_tensorrt",
 }
 """Engine name to its module, in the order of portability: ``make(path, num_threads)`` there builds it, and needs
 the installed ``PACKAGES``; ``RUNS_CODE`` says whether loading its file may run code that is in it, ``DEVICE`` where it
 runs if that is not the CPU."""
 
-READS = {"eager_cuda": "eager", "onnxruntime_cuda": "onnxruntime", "onnxruntime_tensorrt": "onnxruntime"}
+READS = {"eager_cuda": "eager", "onnxruntime_cuda": "onnxruntime"}
 """Engines that read the file of another target than that of their own name."""
 
 

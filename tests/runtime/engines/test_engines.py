@@ -23,7 +23,7 @@ def test_engines_are_found_by_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engines_for(there, "auto") == engines_for(there, "cpu") == ["eager", "onnxruntime", "quantum"]
     assert engines_for(there, "cuda") == ["quantum"]
     monkeypatch.setattr(engines, "has_cuda", lambda: True)
-    on_gpu = ["aoti_cuda_fp16", "eager_cuda", "onnxruntime_cuda", "onnxruntime_tensorrt"]
+    on_gpu = ["aoti_cuda_fp16", "eager_cuda", "onnxruntime_cuda"]
     assert engines_for(there, "cuda") == [*on_gpu, "quantum"]
     assert engines_for(there, "auto") == ["eager", "aoti_cuda_fp16", "onnxruntime", *on_gpu[1:], "quantum"]
 

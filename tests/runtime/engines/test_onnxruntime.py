@@ -22,7 +22,7 @@ def test_a_processor_without_vnni_gets_exact_sums(monkeypatch: pytest.MonkeyPatc
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["onnxruntime_cuda", "onnxruntime_tensorrt"])
+@pytest.mark.parametrize("name", ["onnxruntime_cuda", "tensorrt"])
 def test_a_build_without_a_provider_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(
