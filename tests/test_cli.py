@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -151,15 +152,49 @@ def test_arrays_of_another_kind_are_refused(tmp_path: Path, capsys: pytest.Captu
     assert "expected an artefact" in err
 
 
-def test_a_target_is_added_to_an_artefact(capsys: pytest.CaptureFixture[str]) -> None:
+def artifact_of_a_run() -> tuple[torch.nn.Module, torch.Tensor]:
+    """Export a network to run/artifact, and return it with its inputs."""
     from compress.export import export_artifact
-    from compress.runtime import load
     from compress.surgery.capture import export_program
 
     network, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(9, 4)
     export_artifact(
         export_program(network, [x[:2]]), Path("run/artifact"), targets=["eager"], reference=network, held_out=[x]
     )
+    return network, x
+
+
+def test_engines_are_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> None:
+    artifact_of_a_run()
+    before = torch.get_num_threads()
+    words = ["bench", "run/artifact", "--batch_sizes", "1", "3", "--threads", "1", "--seconds", "0.01"]
+    code, out, _ = call(capsys, *words, "--json", "rows.json")
+    assert code == 0
+    assert "plot: bench.png" in out
+    assert Path("bench.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads(Path("rows.json").read_text())
+    assert [(row["batch"], row["engine"], row["threads"]) for row in found["rows"]] == [
+        (1, "eager", 1),
+        (3, "eager", 1),
+    ]
+    assert found["engines_by_batch"] == {"1": "eager"}
+    assert torch.get_num_threads() == before
+    for more, message in [
+        (["--plot", "picture"], "--plot: expected a file ending in .png"),
+        (["--json", "nowhere/rows.json"], "--json: expected a file in a folder that can be written"),
+        (["--prune.ratio", "0.3"], "bench: expected no more words, got --prune.ratio 0.3"),
+        (["--seconds", "0"], "seconds: expected a positive number, got 0.0"),
+    ]:
+        code, _, err = call(capsys, *words, *more)
+        assert (code, message in err) == (2, True), err
+    code, _, err = call(capsys, "bench", "run", "--threads", "1")
+    assert (code, "expected an artefact beside --threads, got run. Give run/artifact" in err) == (2, True)
+
+
+def test_a_target_is_added_to_an_artefact(capsys: pytest.CaptureFixture[str]) -> None:
+    from compress.runtime import load
+
+    network, x = artifact_of_a_run()
     code, out, _ = call(capsys, "convert", "run", "--target", "onnxruntime")
     assert code == 0
     assert "onnxruntime" in out

@@ -39,6 +39,7 @@ def measure_latency(
     pause_seconds: float = 0.01,
     min_runs: int = 20,
     progress: bool = False,
+    advance: Callable[[float], object] | None = None,
 ) -> dict[str, Latency]:
     """Time several calls in turn, so that a drift of the machine's speed meets all of them alike.
 
@@ -53,6 +54,7 @@ def measure_latency(
         pause_seconds: Pause before each block.
         min_runs: Least number of counted runs, however long they take.
         progress: Whether to show a progress bar.
+        advance: Called after each round with how far it is, a fraction.
 
     Returns:
         Latency by name.
@@ -73,6 +75,7 @@ def measure_latency(
         pause_seconds=pause_seconds,
         min_runs=min_runs,
         progress=progress,
+        advance=advance,
     )
     return {name: _summary(values) for name, values in times.items()}
 
@@ -86,6 +89,7 @@ def time_calls(
     pause_seconds: float = 0.01,
     min_runs: int = 20,
     progress: bool = False,
+    advance: Callable[[float], object] | None = None,
 ) -> dict[str, list[float]]:
     """Return the times, in seconds, of which ``measure_latency`` gives a summary; the arguments are the same."""
     if not seconds > 0:
@@ -95,7 +99,7 @@ def time_calls(
             call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     spent = dict.fromkeys(calls, 0.0)
-    with progress_bar(progress, "measuring latency") as advance:
+    with progress_bar(progress, "measuring latency") as show:
         pending = list(calls)
         while pending:
             for name in pending:
@@ -104,7 +108,9 @@ def time_calls(
                 spent[name] += sum(durations)
                 times[name] += durations[1:]
             pending = [name for name in calls if spent[name] < seconds or len(times[name]) < min_runs]
-            advance(sum(min(1.0, value / seconds) for value in spent.values()) / len(spent))
+            fraction = sum(min(1.0, value / seconds) for value in spent.values()) / len(spent)
+            for tell in (show, advance) if advance else (show,):
+                tell(fraction)
     return times
 
 

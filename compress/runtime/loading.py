@@ -71,8 +71,8 @@ def load(
         _check_engine(engine, manifest, device)
         wanted = [engine]
 
-    def make(name: str) -> Engine:
-        return make_engine(name, files[READS.get(name, name)], num_threads=num_threads)
+    def make(name: str, threads: int | None = num_threads) -> Engine:
+        return make_engine(name, files[READS.get(name, name)], num_threads=threads)
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]

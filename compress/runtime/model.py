@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 
 from compress.errors import ArtifactError
-from compress.measure.latency import measure_latency
+from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
-from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, TensorSpec
 
 __all__ = ["CompactModel"]
@@ -25,7 +25,7 @@ class CompactModel:
     Args:
         manifest: What the artefact says of itself.
         runs: The engines that serve, loaded, by name.
-        make: Loads an engine by name.
+        make: Loads an engine by name, with a number of threads other than its own where one follows.
         engines: Names of all engines that can run here.
         serves: Which of ``runs`` serves, by batch size; a batch is served as the nearest size by ratio.
         times: What that was chosen by.
@@ -41,7 +41,7 @@ class CompactModel:
         self,
         manifest: Manifest,
         runs: Mapping[str, Engine],
-        make: Callable[[str], Engine],
+        make: Callable[..., Engine],
         *,
         engines: Sequence[str],
         serves: Mapping[int, str],
@@ -94,32 +94,47 @@ class CompactModel:
         names = self.manifest.labels
         return [names[i] for i in best] if names else [int(i) for i in best], probabilities
 
-    def benchmark(self, batch_sizes: Sequence[int] = (1, 32), *, seconds: float = 1.0) -> list[dict[str, Any]]:
+    def benchmark(
+        self,
+        batch_sizes: Sequence[int] = (1, 32),
+        *,
+        threads: Sequence[int] | None = None,
+        seconds: float = 1.0,
+        progress: bool = False,
+    ) -> list[dict[str, Any]]:
         """Measure all engines that can run here, interleaved.
 
         Args:
             batch_sizes: Batch sizes.
-            seconds: Time for each engine at each batch size.
+            threads: Numbers of threads, measured one after the other, with engines loaded anew; without, that which
+                each engine has. Some libraries have one number for the whole process: nothing else should run.
+            seconds: Time for each engine at each batch size and number of threads.
+            progress: Whether to show a progress bar.
 
         Returns:
-            Rows with ``batch, engine, threads, p50_ms, p95_ms``.
+            Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``; the last is by the median.
+
+        Raises:
+            ArtifactError: when a number is not positive, or a batch larger than the artefact takes at once.
         """
-        runs = {name: self._runs.get(name) or self._make(name) for name in self.engines}
-        rows = []
-        for batch in batch_sizes:
-            measured = measure_latency(
-                {name: example_call(run, self.manifest, batch) for name, run in runs.items()}, seconds=seconds
+        before = {name: run.threads for name, run in self._runs.items()}
+
+        def engines(num: int | None) -> dict[str, Engine]:
+            if num is None:
+                return {name: self._runs.get(name) or self._make(name) for name in self.engines}
+            return {name: self._make(name, num) for name in self.engines}
+
+        with torch_threads_kept() if threads else nullcontext():
+            rows = measure_engines(
+                engines,
+                self.manifest,
+                batch_sizes=batch_sizes,
+                threads=threads or [None],
+                seconds=seconds,
+                progress=progress,
             )
-            for name, latency in measured.items():
-                rows.append(
-                    {
-                        "batch": batch,
-                        "engine": name,
-                        "threads": runs[name].threads,
-                        "p50_ms": latency.p50_ms,
-                        "p95_ms": latency.p95_ms,
-                    }
-                )
+        for name, num in before.items() if threads else ():
+            self._make(name, num)  # gives the process the threads that those which serve were loaded with
         return rows
 
     @property

@@ -130,7 +130,8 @@ def test_predict_and_bench_on_the_command_line(run: Path, tmp_path: Path, capsys
     assert len(rows) == 5
     assert set(rows[0]) == {"label", "probability"}
     capsys.readouterr()
-    assert compress.cli.main(["bench", str(run / "artifact")]) == 0
+    words = ["bench", str(run / "artifact"), "--seconds", "0.05", "--threads", "1"]
+    assert compress.cli.main([*words, "--plot", str(tmp_path / "bench.png")]) == 0
     out = capsys.readouterr().out
     assert all(engine in out for engine in ENGINES)
 

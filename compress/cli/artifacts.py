@@ -1,0 +1,125 @@
+"""Commands on artefacts."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from compress.cli.common import check_writable, no_more, quiet, write_text
+from compress.cli.steps import step
+from compress.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["bench", "convert", "predict"]
+
+_OF_ARTIFACTS = ("batch_sizes", "threads", "seconds", "json", "plot", "trust")
+
+
+def bench(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    """Measure a run's stages, or an artefact's engines beside its program in floats."""
+    if not (Path(options.path) / "manifest.json").exists():
+        given = [f"--{name}" for name in _OF_ARTIFACTS if getattr(options, name) not in (None, False)]
+        if given:
+            raise RecipeError(
+                f"bench: expected an artefact beside {', '.join(given)}, got {options.path}. "
+                f"Give {options.path}/artifact, or leave them out."
+            )
+        step(options, rest, console)
+        return
+    no_more("bench", rest)
+    plot = options.plot or "bench.png"
+    check_writable("--json", options.json)
+    check_writable("--plot", plot)
+    check_writable("--plot", plot)
+    quiet()
+    from compress.measure.engines import check_picture, engines_note, engines_table, save_engines
+    from compress.measure.machine import describe_machine
+    from compress.runtime import load
+
+    check_picture(plot)
+    machine = describe_machine()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        model = load(options.path, trust=options.trust)
+    left_out = [str(entry.message) for entry in caught if str(entry.message).startswith("left out")]
+    rows = model.benchmark(
+        options.batch_sizes or (1, 32),
+        threads=options.threads or sorted({1, int(machine["cores"])}),
+        seconds=1.0 if options.seconds is None else options.seconds,
+        progress=True,
+    )
+    about = {
+        "artifact": options.path,
+        "name": model.manifest.name,
+        "scheme": model.manifest.scheme,
+        "machine": machine,
+        "engines_by_batch": model.engines_by_batch,
+        "left_out": left_out,
+    }
+    console.print(engines_table(rows, about))
+    for text in (engines_note(rows, about), *left_out):
+        console.print(text, markup=False, soft_wrap=True)
+    if options.json:
+        write_text(options.json, json.dumps({**about, "rows": rows}, indent=1))
+    console.print(f"plot: {save_engines(rows, about, plot)}", markup=False, soft_wrap=True)
+
+
+def convert(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    """Add targets to an artefact."""
+    no_more("convert", rest)
+    quiet()
+    import torch
+
+    from compress.pipeline import convert
+
+    inputs = [torch.from_numpy(_array(file)) for file in options.inputs] if options.inputs else None
+    manifest = convert(
+        _artifact(options.path), options.target, inputs=inputs, replace=options.replace, trust=options.trust
+    )
+    table = Table("target", "bytes", "relative error", "top-1 agreement", "compared on")
+    for name in dict.fromkeys(options.target):
+        target = manifest.targets[name]
+        found = target.agreement
+        on = f"{found['num_samples']} inputs, {found['inputs']}"
+        table.add_row(name, f"{target.bytes:,}", f"{found['relative_error']:.2g}", f"{found['top1_agreement']:.3f}", on)
+    console.print(table)
+
+
+def predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
+    """Predict labels for raw inputs."""
+    from compress.runtime import load
+
+    no_more("predict", rest)
+    model = load(_artifact(options.path), engine=options.engine, trust=options.trust)
+    labels, probabilities = model.predict(_array(options.inputs))
+    rows = [{"label": str(label), "probability": float(p.max())} for label, p in zip(labels, probabilities)]
+    if options.output:
+        write_text(options.output, json.dumps(rows, indent=1))
+        return
+    table = Table("input", "label", "probability")
+    for index, row in enumerate(rows):
+        table.add_row(str(index), str(row["label"]), f"{row['probability']:.3f}")
+    console.print(table)
+
+
+def _artifact(path: str) -> Path:
+    """Return an artefact's directory, given it or its run's."""
+    inside = Path(path) / "artifact"
+    return inside if inside.is_dir() else Path(path)
+
+
+def _array(file: str) -> np.ndarray:
+    import numpy as np
+
+    try:
+        return np.load(file, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{file}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error
