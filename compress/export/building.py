@@ -13,12 +13,13 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from compress.errors import CompressError, ExportSkippedError
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.parity import check_parity
 from compress.export.products import Product
 from compress.export.targets import TARGETS
-from compress.runtime.engines import make_engine
+from compress.runtime.engines import Engine, make_engine
 from compress.runtime.manifest import Target, sha256
 
 __all__ = ["Job", "announced", "build_target"]
@@ -78,7 +79,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
     census = with_macs(target.build(job.program, path), job.work)
-    parity = check_parity(make_engine(getattr(target, "CHECKED_BY", engine), path), job.wanted, job.inputs)
+    parity = check_parity(_load(engine, getattr(target, "CHECKED_BY", engine), path), job.wanted, job.inputs)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(
         file=target.FILE,
@@ -91,3 +92,15 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     )
     exact = getattr(target, "EXACT", True)
     return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized, exact=exact))
+
+
+def _load(engine: str, served_by: str, path: Path) -> Engine:
+    try:
+        return make_engine(served_by, path)
+    except CompressError:
+        raise
+    except Exception as error:  # an engine's library raises anything
+        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+        raise ExportSkippedError(
+            f"{engine}: expected a file that {served_by} loads, got: {reason}. Leave the target out."
+        ) from error

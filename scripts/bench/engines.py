@@ -35,7 +35,7 @@ from compress.export import TARGETS, Gates, export_artifact
 from compress.measure.latency import measure_latency
 from compress.quantize import calibrate, convert, prepare
 from compress.runtime import CompactModel
-from compress.runtime.engines import make_engine, missing_package
+from compress.runtime.engines import device_of, make_engine, missing_package
 from compress.surgery.capture import export_program
 
 ANY = Gates(max_relative_error=10.0, min_top1_agreement=0.0, min_int8_fraction=0.0)  # weights are random
@@ -145,7 +145,7 @@ def _more(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scheme", default="int8_portable", help="ours; one artefact for all engines")
     parser.add_argument("--seconds", type=float, default=4.0, help="time of each call at each batch size")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every engine")
-    here = [name for name in TARGETS if missing_package(name) is None]
+    here = [name for name in TARGETS if missing_package(name) is None and device_of(name) == "cpu"]
     parser.add_argument("--engines", nargs="+", choices=list(TARGETS), default=here, help="of our artefact")
     parser.add_argument("--plot", type=Path, help="also draw the times there")
 

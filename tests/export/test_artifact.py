@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from compress.errors import ExportError
-from compress.export import Gates, export_artifact
+from compress.export import Gates, building, export_artifact
 from compress.export.targets import ExportSkippedError, aoti, eager, onnxruntime
+from compress.runtime.engines import Engine, make_engine
 from compress.runtime.manifest import check_file, read_manifest
 from compress.runtime.trust import SIGNATURE
 from tests.export.programs import HERE, LABELS, PREPROCESSING, artifact, floating, quantized
@@ -128,6 +129,24 @@ def test_a_target_that_cannot_be_built_is_skipped_and_said(tmp_path: Path, monke
     assert "compiler" in manifest.skipped["aoti"]
     with pytest.raises(ExportError, match="at least one target"):
         export(tmp_path / "b", targets=("aoti",))
+
+
+def test_a_target_that_its_engine_does_not_load_is_skipped_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(name: str, path: Path) -> Engine:
+        if name == "onnxruntime":
+            raise RuntimeError("an operator of tomorrow\nand more")
+        return make_engine(name, path)
+
+    monkeypatch.setattr(building, "make_engine", broken)
+    program, reference, inputs = floating()
+    with pytest.warns(UserWarning, match="expected a file that onnxruntime loads, got: an operator of tomorrow. Leave"):
+        manifest = export_artifact(
+            program, tmp_path / "a", targets=["eager", "onnxruntime"], reference=reference, held_out=[inputs]
+        )
+    assert list(manifest.targets) == ["eager"]
+    assert list(manifest.skipped) == ["onnxruntime"]
 
 
 def test_the_manifest_is_plain_json_without_paths_of_this_machine() -> None:
