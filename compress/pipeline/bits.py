@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from operator import itemgetter
@@ -19,9 +19,10 @@ from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_bits
 from compress.quantize.sensitivity import BITS, measure_bits, num_weights
 
-__all__ = ["measure_layers", "read_bits"]
+__all__ = ["measure_layers", "read_bits", "schemes_of"]
 
 _NAME = "bits"
+_LAYERS = "layers"
 
 
 def measure_layers(
@@ -30,7 +31,7 @@ def measure_layers(
     """Measure the network with the weights of one layer after the other at few bits; what was stopped goes on.
 
     Leaves ``bits.json``, written anew after every point, and ``bits.png`` and ``.svg``; with a target, what
-    each layer gets is in there, too.
+    each layer gets is in there, too, and ``layers.json`` says it as a recipe's ``quantize.layers``.
 
     Args:
         run: The run directory.
@@ -79,6 +80,20 @@ def measure_layers(
         run.console.print(f"picture: {path}", soft_wrap=True)
     for layer, num in result.chosen.items():
         run.console.print(f"{layer}: {num} bits", soft_wrap=True, markup=False)
+    if result.chosen:
+        run.write_json(_LAYERS, schemes_of(result.chosen))
+        path = run.path / f"{_LAYERS}.json"
+        run.console.print(f'to train with them: --quantize.layers "$(cat {path})"', soft_wrap=True, markup=False)
+
+
+def schemes_of(bits: Mapping[str, int]) -> dict[str, str]:
+    """Return what a recipe's ``quantize.layers`` says of layers whose weights have so many bits.
+
+    Example:
+        >>> schemes_of({"stem": 8, "fc": 4})
+        {'stem': 'int8', 'fc': 'w4a8'}
+    """
+    return {layer: "int8" if num == 8 else f"w{num}a8" for layer, num in bits.items()}
 
 
 def read_bits(run: RunDirectory) -> Bits | None:

@@ -20,6 +20,7 @@ from compress.pipeline import open_run
 from compress.pipeline.bits import read_bits
 from compress.pipeline.judging import judge, validation
 from compress.quantize.sensitivity import num_weights, rounded
+from compress.recipe import build_recipe, find_recipe, parse_recipe
 from tests.measure.samples import sample_report
 from tests.pipeline.test_sensitivity import WORDS
 
@@ -64,6 +65,17 @@ def test_bits_are_shared_out_within_the_target(measured: Path) -> None:
     assert (measured / "bits.png").stat().st_size > 5000
     svg = bits_svg(bits)
     assert all(layer in svg for layer in bits.sizes)
+
+
+def test_what_was_shared_out_is_what_a_recipe_takes(measured: Path) -> None:
+    bits = read_bits(open_run(measured))
+    assert bits is not None
+    words = (measured / "layers.json").read_text()
+    given = parse_recipe(find_recipe("digits"), [*GIVEN, "--quantize.layers", words])
+    callback = build_recipe(*given, name="digits").quantize
+    assert callback is not None
+    found = {pattern: scheme.weight_bits for pattern, scheme in callback.assignment.layers.items()}
+    assert found == bits.chosen
 
 
 def test_what_was_stopped_goes_on(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
