@@ -15,7 +15,7 @@ from compress.errors import DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
 from compress.quantize.improve import improve_network, improve_prepared, in_order
 from compress.quantize.layers import make_assignment, write_assignment
-from compress.quantize.progressive import Stages, set_bits
+from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
@@ -117,6 +117,7 @@ class QuantizationAwareTraining(ModelEditor):
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
         self.improve = in_order(improve)
         self._trained: Captured | None = None
+        self._grouped: tuple[Captured, list[list[Any]]] | None = None
 
     @cached_property
     def converted(self) -> Captured:
@@ -148,8 +149,7 @@ class QuantizationAwareTraining(ModelEditor):
         network = self.network(pl_module)
         if isinstance(network, Captured):
             network.freeze_batchnorm = now >= self.freeze_batchnorm
-            if self.progressive is not None:
-                set_bits(network, self.progressive.bits_at(now))
+            self._set_bits(network, now)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make ranges and BatchNorm statistics those of rank 0 on every rank, after each batch."""
@@ -162,10 +162,18 @@ class QuantizationAwareTraining(ModelEditor):
         if self.start == 1 and not history_of(pl_module).count(self.kind):
             self._calibrate(trainer, pl_module)
         network = self.network(pl_module)
-        if self.progressive is not None and isinstance(network, Captured):
-            set_bits(network, self.progressive.bits_at(1.0))
+        if isinstance(network, Captured):
+            self._set_bits(network, 1.0)
         self.__dict__.pop("converted", None)
         self._trained = network if isinstance(network, Captured) else None
+
+    def _set_bits(self, network: Captured, now: float) -> None:
+        if self.progressive is None:
+            return
+        if self._grouped is None or self._grouped[0] is not network:
+            self._grouped = network, quantizers(network, self.progressive.order)
+        for place, group in enumerate(self._grouped[1]):
+            set_bits(group, self.progressive.bits_at(now, place))
 
     def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if history_of(pl_module).count(self.kind):

@@ -6,14 +6,19 @@ them without keeping any.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
+from torch.fx import Node
+
 from compress.errors import RecipeError
+from compress.quantize.annotate import PRODUCTS, layer_of, weights_of
 from compress.surgery import Captured
 
-__all__ = ["Stages", "set_bits"]
+__all__ = ["Stages", "quantizers", "set_bits"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,8 @@ class Stages:
     Args:
         bits: Falling; the last are those of the scheme. What has more in the end than a stage says has its own.
         at: Progress in [0, 1] from which on each holds, rising; the first also holds before.
+        order: Patterns of layers, those that bear few bits best first: between two stages they change one pattern after
+            the other, the last of them when the stage begins. Layers that none matches change with the last.
 
     Raises:
         RecipeError: when the two do not fit each other.
@@ -31,10 +38,14 @@ class Stages:
         >>> stages = Stages(bits=[16, 8, 4], at=[0.5, 0.6, 0.75])
         >>> [stages.bits_at(progress) for progress in (0.1, 0.5, 0.7, 0.8)]
         [16, 16, 8, 4]
+        >>> stages = Stages(bits=[8, 4], at=[0.5, 0.7], order=["fc", "stages.*"])
+        >>> stages.bits_at(0.65, place=0), stages.bits_at(0.65, place=1), stages.bits_at(0.7, place=1)
+        (4, 8, 4)
     """
 
     bits: Sequence[int]
     at: Sequence[float]
+    order: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not self.bits or len(self.bits) != len(self.at):
@@ -53,27 +64,80 @@ class Stages:
                 "Write [0.5, 0.6, 0.75], say."
             )
 
-    def bits_at(self, progress: float) -> int:
-        """Return the bits in force."""
-        return [bits for bits, at in zip(self.bits, self.at) if at <= progress or at == self.at[0]][-1]
+    def bits_at(self, progress: float, place: int | None = None) -> int:
+        """Return the bits in force.
+
+        Args:
+            progress: In [0, 1].
+            place: Of the layers' pattern in ``order``; by default the last.
+        """
+        share = 1.0 if place is None or not self.order else (place + 1) / len(self.order)
+        # The last of them by its own number: a sum of fractions would miss it by rounding.
+        begins = [now if share == 1 else before + share * (now - before) for before, now in pairwise(self.at)]
+        return self.bits[sum(begin <= progress for begin in begins)]
 
 
-def set_bits(prepared: Captured, bits: int) -> None:
-    """Let fake quantizers of few bits round to finer integers over the same range, or to their own again.
+def quantizers(prepared: Captured, order: Sequence[str] = ()) -> list[list[Any]]:
+    """Return the fake quantizers of each pattern of layers, those of what they multiply.
 
     Args:
         prepared: From ``prepare``.
+        order: Patterns of layers; a layer belongs to the first that matches it, and to the last without any. Without
+            patterns, all are one.
+
+    Raises:
+        RecipeError: when a pattern matches no layer that is quantised.
+    """
+    every = [module for module in prepared.graph_module.modules() if hasattr(module, "fake_quant_enabled")]
+    if not order:
+        return [every]
+    places: dict[int, int] = {}
+    layers = []
+    for node in prepared.graph_module.graph.nodes:
+        if node.target not in PRODUCTS:
+            continue
+        factors = [node.args[0], *weights_of(node)]
+        own = [_module(prepared, factor) for factor in factors]
+        if not any(own):
+            continue
+        layers.append(layer_of(node))
+        matching = (place for place, pattern in enumerate(order) if fnmatch.fnmatchcase(layers[-1], pattern))
+        place = next(matching, len(order) - 1)
+        for module in filter(None, own):  # one that several layers share changes with the last of them
+            places[id(module)] = max(place, places.get(id(module), 0))
+    for pattern in order:
+        if not fnmatch.filter(layers, pattern):
+            raise RecipeError(
+                f"quantize.progressive.order: expected patterns of quantised layers, got {pattern!r}. "
+                f"The layers are: {', '.join(dict.fromkeys(layers))}."
+            )
+    groups: list[list[Any]] = [[] for _ in order]
+    for module in every:
+        groups[places.get(id(module), len(order) - 1)].append(module)
+    return groups
+
+
+def set_bits(fake_quantizers: Iterable[Any], bits: int) -> None:
+    """Let fake quantizers of few bits round to finer integers over the same range, or to their own again.
+
+    Args:
+        fake_quantizers: From ``quantizers``.
         bits: As many or more than a fake quantizer has of its own; with fewer it keeps its own.
     """
-    module: Any
-    for module in prepared.graph_module.modules():
-        if not hasattr(module, "fake_quant_enabled"):
-            continue
+    for module in fake_quantizers:
         if "own_limits" not in module.__dict__:
             module.own_limits = int(module.quant_min), int(module.quant_max)
         limits = _limits(module.own_limits, bits)
         for holder in (module, getattr(module, "activation_post_process", module)):
             holder.quant_min, holder.quant_max = limits
+
+
+def _module(prepared: Captured, factor: Any) -> Any:
+    """Return the fake quantizer that makes a factor, if one does."""
+    if not isinstance(factor, Node) or factor.op != "call_module":
+        return None
+    module = prepared.graph_module.get_submodule(str(factor.target))
+    return module if hasattr(module, "fake_quant_enabled") else None
 
 
 def _limits(own: tuple[int, int], bits: int) -> tuple[int, int]:

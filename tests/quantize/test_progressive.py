@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import nn
 from compress.errors import RecipeError
 from compress.quantize import QuantizationAwareTraining, calibrate, prepare
 from compress.quantize.lsq import learn_steps
-from compress.quantize.progressive import Stages, set_bits
+from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.surgery import Captured, RandomStates
 from tests.networks import images, trainer
 from tests.surgery.modules import Foreign, SaveAfter, resumable
@@ -79,10 +80,10 @@ def test_few_bits_begin_as_many_over_the_same_range(learned: bool) -> None:
     own = prepared(x)
     assert max(weight_levels(prepared).values()) > 8  # the first and the last layer have 8 bits
     assert weight_levels(prepared)["(8, 32)"] <= 8
-    set_bits(prepared, 8)
+    set_bits(quantizers(prepared)[0], 8)
     assert weight_levels(prepared)["(8, 32)"] > 8
     fine = prepared(x)
-    set_bits(prepared, 2)  # fewer than its own: its own
+    set_bits(quantizers(prepared)[0], 2)  # fewer than its own: its own
     assert weight_levels(prepared)["(8, 32)"] <= 8
     coarse = prepared(x)
     assert torch.allclose(coarse, own, rtol=0.05, atol=0.05 * float(own.abs().max()))
@@ -125,6 +126,61 @@ def test_a_fit_meets_each_stage_and_goes_on_bit_for_bit(learned: bool, tmp_path:
         assert rest.limits == watch.limits[step - 4 :]
         for name, tensor in module.state_dict().items():
             assert torch.equal(tensor, again.state_dict()[name]), (step, name)
+
+
+def deeper() -> nn.Module:
+    torch.manual_seed(0)
+    widths = [64, 32, 16, 8, 3]
+    layers = [layer for wide, narrow in pairwise(widths) for layer in (nn.Linear(wide, narrow), nn.ReLU())]
+    return nn.Sequential(nn.Flatten(), *layers[:-1])
+
+
+class WatchLayers(Callback):
+    """Notes in each step which of the layers 3 and 5 have four bits."""
+
+    def __init__(self) -> None:
+        self.coarse: list[str] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+        if isinstance(pl_module.net, Captured):
+            third, fifth = quantizers(pl_module.net, ["3", "5", "*"])[:2]
+            weights = {"3": third, "5": fifth}
+            self.coarse.append("".join(name for name, own in weights.items() if min(m.quant_max for m in own) == 7))
+
+
+def fit_in_order(watch: WatchLayers, *extra: Callback, resume: Path | None = None) -> Foreign:
+    pl.seed_everything(0 if resume is None else 99, verbose=False)
+    module = Foreign(deeper())
+    stages = Stages(bits=[8, 4], at=[0.25, 0.75], order=["5", "[13]"])
+    qat = QuantizationAwareTraining("w4a8", start=0.25, freeze_batchnorm=0.9, progressive=stages, attribute="net")
+    run = trainer(max_epochs=2, callbacks=[qat, RandomStates(), watch, *extra])
+    run.fit(module, resumable(64), ckpt_path=resume, weights_only=resume is not None)
+    return module
+
+
+def test_layers_change_one_after_the_other_and_go_on_bit_for_bit(tmp_path: Path) -> None:
+    watch = WatchLayers()
+    module = fit_in_order(watch, SaveAfter(tmp_path, [8]))
+    assert watch.coarse == [""] * 4 + ["5"] * 4 + ["35"] * 4
+    rest = WatchLayers()
+    again = fit_in_order(rest, resume=tmp_path / "step_8.ckpt")
+    assert rest.coarse == watch.coarse[4:]
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_pattern_without_a_quantised_layer_is_named() -> None:
+    prepared = prepare(network(), [images(2)[0]], "w3a8", layers={"3": "float"})
+    with pytest.raises(
+        RecipeError, match=r"progressive\.order: expected patterns .*, got '3'\. The layers are: 1, 5\."
+    ):
+        quantizers(prepared, ["1", "3"])
+
+
+def test_each_quantizer_is_in_one_group() -> None:
+    prepared = prepare(deeper(), [images(2)[0]], "w3a8")
+    groups = quantizers(prepared, ["5", "7", "1"])
+    assert [len(group) for group in groups] == [2, 2, 4]  # layer 3, which none matches, goes with the last
+    assert {id(module) for group in groups for module in group} == {id(module) for module in quantizers(prepared)[0]}
 
 
 def test_the_last_stage_is_the_scheme() -> None:
