@@ -33,8 +33,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(folder / "run"),
         "--teacher.max_epochs",
         "4",
+        "--teacher.model.init_args.width",
+        "48",
+        "--teacher.model.init_args.blocks",
+        "[1, 1, 1]",
         "--trainer.max_epochs",
-        "10",
+        "8",
     ]
     words += ["--trainer.enable_progress_bar", "false", "--export.min_top1_agreement", "0.95"]
     words += ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(folder / "tensorboard")]

@@ -16,6 +16,8 @@ from torch import Tensor
 
 FIT = ["fit", "digits", "--baseline", "false", "--teacher.max_epochs", "1", "--trainer.max_epochs", "8"]
 FIT += ["--data.init_args.batch_size", "32", "--trainer.enable_progress_bar", "false"]
+for network in ("teacher.model", "student"):
+    FIT += [f"--{network}.init_args.width", "8", f"--{network}.init_args.blocks", "[1, 1]"]
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -68,17 +70,31 @@ def same(folder: Path, run: str) -> bool:
     return list(expected) == list(got) and all(torch.equal(expected[name], got[name]) for name in expected)
 
 
-def test_sigkill_in_pruning_and_again_in_quantization(folder: Path) -> None:
-    run = folder / "killed"
+@pytest.fixture(scope="module")
+def killed(folder: Path) -> Path:
+    """A run that was killed while it pruned."""
     process = start(folder, *FIT, "--run_dir", "killed")
+    run = folder / "killed"
     stop_when(process, run, lambda kinds: "prune" in kinds and "quantize" not in kinds, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    process = start(folder, "fit", "--resume", "killed")
-    stop_when(process, run, lambda kinds: "quantize" in kinds, signal.SIGKILL)
+    return run
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(folder: Path, killed: Path) -> None:
+    process = start(folder, "fit", "--resume", killed.name, "--student.init_args.width", "16")
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert "Traceback" not in out
+    assert "expected" in out
+
+
+def test_sigkill_in_pruning_and_again_in_quantization(folder: Path, killed: Path) -> None:
+    process = start(folder, "fit", "--resume", killed.name)
+    stop_when(process, killed, lambda kinds: "quantize" in kinds, signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert not (run / "checkpoints" / "final.pt").exists()
-    assert "going on from" in finish(folder, "fit", "--resume", "killed")
-    assert same(folder, "killed")
+    assert not (killed / "checkpoints" / "final.pt").exists()
+    assert "going on from" in finish(folder, "fit", "--resume", killed.name)
+    assert same(folder, killed.name)
 
 
 def test_ctrl_c_in_mid_epoch(folder: Path) -> None:
@@ -91,14 +107,3 @@ def test_ctrl_c_in_mid_epoch(folder: Path) -> None:
     assert state["global_step"] > 0
     finish(folder, "fit", "--resume", "interrupted")
     assert same(folder, "interrupted")
-
-
-def test_a_checkpoint_of_another_recipe_is_refused(folder: Path) -> None:
-    run = folder / "other"
-    process = start(folder, *FIT, "--run_dir", "other")
-    stop_when(process, run, lambda kinds: "prune" in kinds, signal.SIGKILL)
-    process = start(folder, "fit", "--resume", "other", "--student.init_args.width", "16")
-    out, _ = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert "Traceback" not in out
-    assert "expected" in out
