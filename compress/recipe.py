@@ -26,6 +26,7 @@ from compress.export import TARGETS
 from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
 from compress.quantize.layers import engine_mistakes
+from compress.surgery.lengths import Length
 
 __all__ = [
     "Distill",
@@ -98,6 +99,7 @@ class Export:
         min_int8_fraction: Least fraction of the multiply-accumulates that a compiled graph must do in int8, when
             quantised.
         num_held_out: Validation inputs on which engines and the trained module are compared.
+        lengths: Sizes beyond the batch that may vary, as that of a sequence, each with its range.
     """
 
     targets: list[str] = field(default_factory=lambda: ["eager", "aoti", "onnxruntime"])
@@ -105,6 +107,7 @@ class Export:
     min_top1_agreement: float = 0.98
     min_int8_fraction: float = 0.5
     num_held_out: int = 512
+    lengths: list[Length] = field(default_factory=list)
 
 
 @dataclass
@@ -188,6 +191,11 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
         )
     if recipe.quantize is not None:
         yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
+        if recipe.export.lengths:
+            yield (
+                f"export.lengths: expected none beside quantize, got {', '.join(map(str, recipe.export.lengths))}. The "
+                "graph has the length of the first batch: use compress.quantize.prepare(..., lengths=...) in Python."
+            )
     for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
         value = getattr(recipe.export, key)
         if not 0 <= value <= 1:

@@ -27,6 +27,7 @@ from compress.errors import RecipeError
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
 from compress.recipe import Distill, Export, Recipe, Teacher, build_recipe, find_recipe, parse_recipe, shipped_recipes
+from compress.surgery.lengths import Length
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -128,6 +129,10 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
         (["--quantize.layers", "{fc: int3}"], r"quantize\.scheme: expected one of .*int8.*, got 'int3'"),
         (["--quantize.scheme", "fp8"], r"export\.targets: expected engines that run the scheme 'fp8' \(eager\), got "),
         (["--export.targets", "[aoti, tflite]"], r"export\.targets: expected names among .*, got tflite"),
+        (
+            ["--export.lengths", "[{dimension: 2, smallest: 4, largest: 16}]"],
+            r"export\.lengths: expected none beside quantize, got dimension 2 from 4 to 16",
+        ),
         (["--export.min_top1_agreement", "98"], r"export\.min_top1_agreement: expected a value in \[0, 1\], got 98"),
         (["--data.init_args.batch_size", "0"], r"data\.batch_size"),
         (["--distill.losses.init_args.weight", "2"], r"distill\.losses: expected weights .* at most 1, got 2"),
@@ -142,6 +147,12 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
 def test_values_out_of_range_are_named(words: list[str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
+
+
+def test_lengths_are_read() -> None:
+    words = ["--quantize", "null", "--export.lengths", "[{dimension: 2, smallest: 4, largest: 16}, {dimension: 3}]"]
+    recipe = build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
+    assert recipe.export.lengths == [Length(2, 4, 16), Length(3)]
 
 
 def test_all_contradictions_are_told_at_once() -> None:

@@ -19,14 +19,15 @@ from torch.export import ExportedProgram
 from compress.errors import ExportError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
-from compress.export.graph import input_specs, largest_batch
-from compress.export.parity import compare, reference_outputs
+from compress.export.graph import input_specs, largest_batch, output_shape
+from compress.export.parity import compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest
 from compress.runtime.trust import sign
+from compress.surgery.lengths import lengths_of
 
 __all__ = ["export_artifact"]
 
@@ -46,7 +47,8 @@ def export_artifact(
     """Export a network for several engines.
 
     Args:
-        program: The network in the form that is deployed, captured with a dynamic batch dimension.
+        program: The network in the form that is deployed, captured with a dynamic batch dimension, and with whatever
+            other sizes may vary (``export_program(..., lengths=...)``).
         directory: The artefact, which must not exist; it appears when everything has passed.
         targets: Names among ``TARGETS``.
         reference: The trained module in eval mode, whose outputs are what must come out.
@@ -71,7 +73,8 @@ def export_artifact(
     inputs = input_specs(program)
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
-    job = Job(program, products(program), held_out, wanted, scheme is not None, gates)
+    others = other_sizes(reference, held_out, lengths_of(program))
+    job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others)
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -80,7 +83,7 @@ def export_artifact(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             inputs=inputs,
-            outputs=(TensorSpec("output", str(wanted.dtype), (None, *wanted.shape[1:])),),
+            outputs=(TensorSpec("output", str(wanted.dtype), output_shape(program)),),
             max_batch=largest_batch(program),
             targets=built,
             scheme=scheme,

@@ -16,11 +16,12 @@ from torch.export import ExportedProgram
 from compress.errors import CompressError, ExportSkippedError
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
-from compress.export.parity import check_parity
+from compress.export.parity import Parity, Sample, check_parity
 from compress.export.products import Product
-from compress.export.targets import TARGETS
+from compress.export.targets import TARGETS, WITH_LENGTHS
 from compress.runtime.engines import Engine, make_engine
 from compress.runtime.manifest import Target, sha256
+from compress.surgery.lengths import lengths_of
 
 __all__ = ["Job", "announced", "build_target"]
 
@@ -36,6 +37,7 @@ class Job:
         wanted: The outputs that must come out, shape (N, ...).
         quantized: Whether int8 kernels are expected.
         gates: What each target must pass.
+        others: Inputs of other sizes, and what must come out.
         notes: What else the manifest shall say of the comparison.
     """
 
@@ -45,6 +47,7 @@ class Job:
     wanted: np.ndarray
     quantized: bool
     gates: Gates
+    others: Mapping[str, Sample] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -76,17 +79,24 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         ExportSkippedError: when this machine cannot build it.
         MissingPackageError: when a library is not installed.
     """
+    lengths = lengths_of(job.program)
+    if lengths and engine not in WITH_LENGTHS:
+        raise ExportSkippedError(
+            f"{engine}: expected fixed sizes beyond the batch, got {', '.join(map(str, lengths))}. "
+            "Leave the target out."
+        )
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
     census = with_macs(target.build(job.program, path), job.work)
-    parity = check_parity(_load(engine, getattr(target, "CHECKED_BY", engine), path), job.wanted, job.inputs)
+    judge = _load(engine, getattr(target, "CHECKED_BY", engine), path)
+    parity = check_parity(judge, job.wanted, job.inputs, job.others)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     entry = Target(
         file=target.FILE,
         bytes=sum(file.stat().st_size for file in (path, *parts)),
         sha256=sha256(path),
         census=asdict(census) if census else {},
-        agreement={**asdict(parity.batches), **job.notes},
+        agreement={**asdict(parity.batches), **_of_other_sizes(parity), **job.notes},
         requires=target.requires(),
         parts={part.name: sha256(part) for part in parts},
     )
@@ -104,3 +114,8 @@ def _load(engine: str, served_by: str, path: Path) -> Engine:
         raise ExportSkippedError(
             f"{engine}: expected a file that {served_by} loads, got: {reason}. Leave the target out."
         ) from error
+
+
+def _of_other_sizes(parity: Parity) -> dict[str, dict[str, float]]:
+    errors = {text: found.relative_error for text, found in parity.others.items()}
+    return {"relative_error_at": errors} if errors else {}

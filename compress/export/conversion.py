@@ -20,7 +20,7 @@ from compress.export.arithmetic import recognise
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs
-from compress.export.parity import reference_outputs
+from compress.export.parity import other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import Product, products
 from compress.export.samples import random_inputs
@@ -29,6 +29,7 @@ from compress.runtime.engines import make_engine, missing_package
 from compress.runtime.manifest import Manifest, Target, check_file, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours, sign
 from compress.surgery.capture import export_program
+from compress.surgery.lengths import lengths_of
 
 __all__ = ["convert"]
 
@@ -124,7 +125,8 @@ def _check_targets(manifest: Manifest, targets: Sequence[str], *, replace: bool)
 
 def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed: int, gates: Gates | None) -> Job:
     try:
-        module = torch.export.load(source).module(check_guards=False)
+        portable = torch.export.load(source)
+        module = portable.module(check_guards=False)
     except Exception as error:  # torch raises anything here
         raise ArtifactError(
             f"{source}: expected a program of torch.export, got {type(error).__name__}: {str(error).strip()[:200]}. "
@@ -137,14 +139,16 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
         notes["inputs"] = f"random, seed {seed}"
     _check_inputs(manifest, inputs)
     engine = make_engine(_SOURCE, source)
+    lengths = lengths_of(portable)
     wanted = reference_outputs(lambda *batch: engine(batch)[0], inputs)
+    others = other_sizes(lambda *batch: engine(batch)[0], inputs, lengths)
     if manifest.scheme is not None:
         recognise(module)
-    program, _ = clean_up(export_program(module, [tensor[:2] for tensor in inputs]))
+    program, _ = clean_up(export_program(module, [tensor[:2] for tensor in inputs], lengths=lengths))
     _check_program(manifest, program, source)
     work = [Product(**product) for product in manifest.products] or products(program)
     limits = gates or Gates(**{key: value for key, value in manifest.gates.items() if key in _GATES})
-    return Job(program, work, inputs, wanted, manifest.scheme is not None, limits, notes)
+    return Job(program, work, inputs, wanted, manifest.scheme is not None, limits, others, notes)
 
 
 _GATES = {field.name for field in fields(Gates)}

@@ -46,7 +46,8 @@ def failures(
     """
     batches = parity.batches
     limit = gates.max_relative_error if quantized or not exact else min(gates.max_relative_error, FLOAT_TOLERANCE)
-    for found, where in ((parity.batches, ""), (parity.singles, ", one by one")):
+    others = [(found, f", {where}") for where, found in parity.others.items()]
+    for found, where in ((parity.batches, ""), (parity.singles, ", one by one"), *others):
         # Written so that not-a-number fails.
         if not found.relative_error <= limit:
             yield (

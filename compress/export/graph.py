@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.nn import functional as F
 
 from compress.errors import ExportError
-from compress.runtime.manifest import TensorSpec
+from compress.runtime.manifest import Range, TensorSpec
 from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length, lengths_of, user_inputs
 
 __all__ = [
     "drop_assertions",
@@ -21,6 +21,7 @@ __all__ = [
     "input_specs",
     "largest_batch",
     "loosen_views",
+    "output_shape",
     "rewritten",
     "spare_inputs",
     "widen_single_channels",
@@ -30,13 +31,15 @@ _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
 
 def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
-    """Return name, dtype and shape of a program's inputs; dynamic dimensions are ``None``.
+    """Return name, dtype and shape of a program's inputs; dynamic dimensions are ``None``, with the range of each.
 
     Raises:
         ExportError: when the batch dimension of an input is fixed, or an input is not laid out contiguously.
     """
     specs: list[TensorSpec] = []
-    for node, value in _user_inputs(program):
+    examples, _ = program.example_inputs
+    lengths = lengths_of(program)
+    for index, (node, value) in enumerate(user_inputs(program)):
         shape = tuple(size if isinstance(size, int) else None for size in value.shape)
         if not shape or shape[0] is not None:
             raise ExportError(
@@ -48,14 +51,30 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
                 f"{node.name}: expected a contiguous example input, got strides {value.stride()}. "
                 "Call .contiguous() on the inputs before capture."
             )
-        specs.append(TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape))
+        ranges = {
+            length.dimension: _range(length, number, examples[index].shape)
+            for number, length in enumerate(lengths)
+            if index in length.places(examples)
+        }
+        specs.append(TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape, ranges))
     return tuple(specs)
+
+
+def output_shape(program: ExportedProgram) -> tuple[int | None, ...]:
+    """Return the shape of a program's only output; what varies is ``None``."""
+    (value,) = (node.meta["val"] for node in program.graph.output_node().args[0])
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def _range(length: Length, number: int, example: torch.Size) -> Range:
+    name = f"size{length.dimension}" + (f"_{number}" if number else "")
+    return Range(name, length.smallest, length.largest, example[length.dimension])
 
 
 def largest_batch(program: ExportedProgram) -> int | None:
     """Return the largest batch size that a program was captured for, or ``None`` without a limit."""
     limits: list[int] = []
-    for _, value in _user_inputs(program):
+    for _, value in user_inputs(program):
         size = value.shape[0]
         limit = program.range_constraints.get(size.node.expr) if isinstance(size, torch.SymInt) else None
         if limit is not None and limit.upper.is_Integer:
@@ -79,7 +98,7 @@ def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], int]) -
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     args, _ = program.example_inputs
-    return export_program(graph_module, args)
+    return export_program(graph_module, args, lengths=lengths_of(program))
 
 
 def widen_single_channels(graph_module: GraphModule) -> int:
@@ -136,13 +155,6 @@ def loosen_views(graph_module: GraphModule) -> None:
         if node.target is torch.ops.aten.view.default:
             node.target = torch.ops.aten.reshape.default
     graph_module.recompile()
-
-
-def _user_inputs(program: ExportedProgram) -> Iterator[tuple[Node, Tensor]]:
-    names = set(program.graph_signature.user_inputs)
-    for node in program.graph_module.graph.nodes:
-        if node.op == "placeholder" and node.name in names:
-            yield node, node.meta["val"]
 
 
 def _widen(graph_module: GraphModule, convolution: Node) -> bool:

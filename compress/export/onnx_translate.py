@@ -13,6 +13,8 @@ from torch.export import ExportedProgram
 
 from compress.errors import ExportSkippedError, MissingPackageError
 from compress.export.onnx_graph import rewrite
+from compress.surgery.lengths import lengths_of
+from compress.surgery.recurrent import kept_whole
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -46,7 +48,7 @@ def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[Model
             f"{target}: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."
         )
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), _quiet(), kept_whole(lengths_of(program)):
             translated = torch.onnx.export(program, dynamo=True)
     except torch.onnx.OnnxExporterError as error:
         raise ExportSkippedError(

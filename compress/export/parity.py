@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,24 +14,40 @@ from torch.export import ExportedProgram
 from compress.errors import ExportError
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
+from compress.surgery.lengths import Length
 
-__all__ = ["Parity", "check_parity", "compare", "reference_outputs"]
+__all__ = ["Parity", "Sample", "check_parity", "compare", "other_sizes", "reference_outputs"]
 
 _BATCH = 63  # divides no usual N: the last batch is smaller, so a fixed batch size cannot go unnoticed
 _NUM_SINGLES = 16
 
 
+@dataclass(frozen=True)
+class Sample:
+    """Inputs and the outputs that must come out.
+
+    Args:
+        inputs: Shape (N, ...) each.
+        wanted: Shape (N, ...).
+    """
+
+    inputs: Sequence[Tensor]
+    wanted: np.ndarray
+
+
+@dataclass(frozen=True)
 class Parity:
     """Agreement of an engine with the trained module.
 
-    Attributes:
+    Args:
         batches: On all held-out inputs, in batches.
         singles: On the first few, one by one: compilers treat a batch of one differently.
+        others: On inputs of other sizes, by what these are.
     """
 
-    def __init__(self, batches: Agreement, singles: Agreement) -> None:
-        self.batches = batches
-        self.singles = singles
+    batches: Agreement
+    singles: Agreement
+    others: Mapping[str, Agreement] = field(default_factory=dict)
 
 
 def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor]) -> np.ndarray:
@@ -48,34 +65,74 @@ def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor])
     return wanted
 
 
-def check_parity(engine: Engine, wanted: np.ndarray, held_out: Sequence[Tensor]) -> Parity:
+def other_sizes(
+    reference: Callable[..., Any], held_out: Sequence[Tensor], lengths: Sequence[Length]
+) -> dict[str, Sample]:
+    """Return the first few inputs at the smallest and the largest sizes that they may have, cut or repeated.
+
+    Args:
+        reference: What gives the outputs that must come out.
+        held_out: Inputs, shape (N, ...) each.
+        lengths: The sizes that may vary; one without a limit is doubled.
+    """
+    found = {}
+    for text in ("smallest", "largest") if lengths else ():
+        inputs = [tensor[:_NUM_SINGLES] for tensor in held_out]
+        sizes = []
+        for length in lengths:
+            for index in length.places(held_out):
+                now = inputs[index].shape[length.dimension]
+                size = length.smallest if text == "smallest" else length.largest or 2 * now
+                inputs[index] = _resized(inputs[index], length.dimension, size)
+            sizes.append(f"{size} in dimension {length.dimension}")
+        found[", ".join(sizes)] = Sample(inputs, reference_outputs(reference, inputs))
+    return found
+
+
+def check_parity(
+    engine: Engine, wanted: np.ndarray, held_out: Sequence[Tensor], others: Mapping[str, Sample] | None = None
+) -> Parity:
     """Run an engine on held-out inputs and compare.
 
     Args:
         engine: Loaded from the file that will be served.
         wanted: The trained module's outputs, shape (N, ...).
         held_out: The inputs, shape (N, ...) each.
+        others: Inputs of other sizes, from ``other_sizes``.
 
     Raises:
         ExportError: when the engine does not run, or gives outputs of another shape.
     """
-    inputs = held_out if engine.takes != "numpy" else [tensor.numpy() for tensor in held_out]
-    found = []
-    for num, batch in ((len(wanted), _BATCH), (_NUM_SINGLES, 1)):
-        try:
-            outputs = _outputs(engine, [tensor[:num] for tensor in inputs], batch)
-        except Exception as error:  # an engine's library raises anything
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ExportError(
-                f"{type(engine).__name__}: expected a run at batch size {batch}, got: {reason}. Leave the target out."
-            ) from error
-        if outputs is None or outputs.shape != wanted[:num].shape:
-            raise ExportError(
-                f"{type(engine).__name__}: expected outputs of shape {wanted[:num].shape} at batch size {batch}, got "
-                f"{'another number' if outputs is None else outputs.shape}. Leave the target out."
-            )
-        found.append(agreement(wanted[:num], outputs))
-    return Parity(*found)
+    few = Sample([tensor[:_NUM_SINGLES] for tensor in held_out], wanted[:_NUM_SINGLES])
+    return Parity(
+        _distance(engine, Sample(held_out, wanted), _BATCH),
+        _distance(engine, few, 1),
+        {text: _distance(engine, sample, _BATCH, f", {text}") for text, sample in (others or {}).items()},
+    )
+
+
+def _distance(engine: Engine, sample: Sample, batch: int, where: str = "") -> Agreement:
+    inputs = sample.inputs if engine.takes != "numpy" else [tensor.numpy() for tensor in sample.inputs]
+    try:
+        outputs = _outputs(engine, inputs, batch)
+    except Exception as error:  # an engine's library raises anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ExportError(
+            f"{type(engine).__name__}: expected a run at batch size {batch}{where}, got: {reason}. "
+            "Leave the target out."
+        ) from error
+    if outputs is None or outputs.shape != sample.wanted.shape:
+        raise ExportError(
+            f"{type(engine).__name__}: expected outputs of shape {sample.wanted.shape} at batch size {batch}{where}, "
+            f"got {'another number' if outputs is None else outputs.shape}. Leave the target out."
+        )
+    return agreement(sample.wanted, outputs)
+
+
+def _resized(tensor: Tensor, dimension: int, size: int) -> Tensor:
+    repeats = [1] * tensor.dim()
+    repeats[dimension] = -(-size // tensor.shape[dimension])
+    return tensor.repeat(repeats).narrow(dimension, 0, size).contiguous()
 
 
 def compare(program: ExportedProgram, wanted: np.ndarray, held_out: Sequence[Tensor]) -> Agreement:

@@ -65,7 +65,8 @@ def products(program: ExportedProgram) -> list[Product]:
     """List a program's products in the order of the graph.
 
     Args:
-        program: Captured with a dynamic batch dimension; sizes that depend on it count for one sample.
+        program: Captured with a dynamic batch dimension; sizes that depend on it count for one sample, and for a
+            length of one.
     """
     found = []
     for node in program.graph.nodes:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from compress.runtime.examples import example_sizes
 from compress.runtime.manifest import TensorSpec
 
 __all__ = ["random_inputs"]
@@ -31,7 +32,7 @@ def random_inputs(graph_module: GraphModule, specs: Sequence[TensorSpec], *, see
 
     Args:
         graph_module: Of the program, unlifted.
-        specs: Its inputs; ``None`` sizes beyond the first become 8.
+        specs: Its inputs, drawn of their typical sizes.
         seed: Of the draw.
 
     Returns:
@@ -43,7 +44,7 @@ def random_inputs(graph_module: GraphModule, specs: Sequence[TensorSpec], *, see
 
 
 def _draw(spec: TensorSpec, rows: int | None, generator: torch.Generator) -> Tensor:
-    shape = (_NUM, *(8 if size is None else size for size in spec.shape[1:]))
+    shape = (_NUM, *example_sizes(spec))
     dtype: torch.dtype = getattr(torch, spec.dtype)
     if dtype.is_floating_point:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)

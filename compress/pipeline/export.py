@@ -38,7 +38,7 @@ def export(run: RunDirectory) -> None:
     fresh = run.path / "artifact.new"
     shutil.rmtree(fresh, ignore_errors=True)
     manifest = export_artifact(
-        export_program(run.deployed, tuple(tensor[:2] for tensor in inputs)),
+        export_program(run.deployed, tuple(tensor[:2] for tensor in inputs), lengths=settings.lengths),
         fresh,
         targets=settings.targets,
         reference=network,

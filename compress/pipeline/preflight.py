@@ -15,6 +15,7 @@ from compress.distill import Distiller, read_batch
 from compress.errors import CompressError, DataError, RecipeError
 from compress.quantize import prepare, rehearse_improvements
 from compress.recipe import Recipe
+from compress.surgery.capture import export_program
 
 __all__ = ["load_weights", "preflight"]
 
@@ -27,7 +28,7 @@ def preflight(recipe: Recipe) -> None:
         RecipeError: when the teacher's checkpoint does not fit, a loss does not fit student and teacher, or an
             improvement of quantization finds nothing to work on.
         EditError: when the student cannot be pruned or made sparse, or a layer to ignore does not exist.
-        CaptureError: when the student cannot be quantised.
+        CaptureError: when the student cannot be quantised, or captured with ``export.lengths``.
     """
     recipe.data.prepare_data()
     recipe.data.setup("fit")
@@ -48,6 +49,8 @@ def preflight(recipe: Recipe) -> None:
     if recipe.teacher is not None:
         _try_losses(recipe, inputs, targets)
     student = copy.deepcopy(recipe.student)
+    if recipe.export.lengths:
+        export_program(copy.deepcopy(student).eval(), inputs, lengths=recipe.export.lengths)
     if recipe.prune is not None:
         recipe.prune.rehearse(student, inputs)
     if recipe.sparsify is not None:

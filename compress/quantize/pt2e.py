@@ -20,6 +20,7 @@ from compress.quantize.quantizer import make_quantizer, without_dynamic_notes
 from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import Scheme
 from compress.surgery import Captured, Edit, capture
+from compress.surgery.lengths import Length
 from compress.surgery.slicing import check_shapes
 
 __all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
@@ -35,6 +36,7 @@ def prepare(
     layers: Mapping[str, str | Scheme] | None = None,
     keep: Sequence[str] = (),
     first_last: str | Scheme | None = None,
+    lengths: Sequence[Length] = (),
 ) -> Captured:
     """Capture a network and put fake quantization around what the scheme quantises.
 
@@ -46,6 +48,7 @@ def prepare(
             that match the last one counts.
         keep: Patterns of layers that stay in floating point: ``float`` in ``layers``, after all others.
         first_last: Scheme of the first and the last layer; by default what the scheme says.
+        lengths: Sizes beyond the batch that may vary.
 
     Returns:
         A module that trains like the network, seeing what int8 will do to it.
@@ -58,7 +61,7 @@ def prepare(
 
     if not isinstance(scheme, Assignment):
         scheme = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
-    captured = capture(network, inputs).train()
+    captured = capture(network, inputs, lengths=lengths).train()
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     normalize(captured.graph_module)
     quantizer = make_quantizer(scheme, captured.graph_module)

@@ -8,17 +8,25 @@ from typing import Any
 import numpy as np
 
 from compress.runtime.engines import Engine
-from compress.runtime.manifest import Manifest
+from compress.runtime.manifest import Manifest, TensorSpec
 
-__all__ = ["example_call"]
+__all__ = ["example_call", "example_sizes"]
+
+_ANY = 8  # with a single pixel or step most networks do not run, and torch takes one for a constant
+
+
+def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
+    """Return an input's sizes beyond the batch; where any goes, and none is typical, it is eight."""
+    typical = {dimension: allowed.typical for dimension, allowed in spec.ranges.items()}
+    return tuple(size or typical.get(dimension, _ANY) for dimension, size in enumerate(spec.shape[1:], 1))
 
 
 def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], object]:
-    """Return a call that runs an engine on a batch of random inputs."""
+    """Return a call that runs an engine on a batch of random inputs, of their typical sizes."""
     generator = np.random.default_rng(0)
     inputs: list[Any] = []
     for spec in manifest.inputs:
-        shape = (batch, *(size or 1 for size in spec.shape[1:]))
+        shape = (batch, *example_sizes(spec))
         values = generator.standard_normal(shape)
         inputs.append(values.astype(spec.dtype) if "float" in spec.dtype else np.zeros(shape, spec.dtype))
     if engine.takes != "numpy":

@@ -13,9 +13,26 @@ import numpy as np
 
 from compress.errors import ArtifactError
 
-__all__ = ["FORMAT_VERSION", "Manifest", "Target", "TensorSpec", "check_file", "read_manifest", "sha256"]
+__all__ = ["FORMAT_VERSION", "Manifest", "Range", "Target", "TensorSpec", "check_file", "read_manifest", "sha256"]
 
 FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes that a dimension may have.
+
+    Args:
+        name: Dimensions of one name have one size, in all inputs.
+        smallest: Least size.
+        largest: Greatest size; ``None`` for any.
+        typical: That of the inputs on which the artefact was checked and is measured.
+    """
+
+    name: str
+    smallest: int
+    largest: int | None
+    typical: int
 
 
 @dataclass(frozen=True)
@@ -26,11 +43,13 @@ class TensorSpec:
         name: In the engine files.
         dtype: As numpy names it.
         shape: Sizes; ``None`` where any size goes, as in the batch dimension.
+        ranges: Which sizes go, by dimension, where not any does.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
+    ranges: Mapping[int, Range] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -193,7 +212,20 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
     if not sizes or sizes[0] is not None or not all(size is None or isinstance(size, int) for size in sizes):
         raise ValueError(f"shape {sizes} of {entry['name']}")
     np.dtype(entry["dtype"])
-    return TensorSpec(entry["name"], entry["dtype"], tuple(sizes))
+    ranges = {int(key): _range(value) for key, value in entry.get("ranges", {}).items()}
+    if any(not 0 < dimension < len(sizes) or sizes[dimension] is not None for dimension in ranges):
+        raise ValueError(f"ranges {sorted(ranges)} of {entry['name']}")
+    return TensorSpec(entry["name"], entry["dtype"], tuple(sizes), ranges)
+
+
+def _range(entry: dict[str, Any]) -> Range:
+    _check_kinds(entry, {"name": str, "smallest": int, "typical": int})
+    largest = entry["largest"]
+    if largest is not None and not isinstance(largest, int):
+        raise TypeError(f"largest is of type {type(largest).__name__}")
+    if not 0 < entry["smallest"] <= entry["typical"] <= (entry["typical"] if largest is None else largest):
+        raise ValueError(f"sizes of {entry['name']}")
+    return Range(**entry)
 
 
 def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type]) -> None:

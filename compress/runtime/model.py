@@ -12,7 +12,7 @@ from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
-from compress.runtime.manifest import Manifest, TensorSpec
+from compress.runtime.manifest import Manifest, Range, TensorSpec
 
 __all__ = ["CompactModel"]
 
@@ -51,6 +51,11 @@ class CompactModel:
         self.engines = tuple(engines)
         self.engines_by_batch = dict(serves)
         self.times: Times = times or {}
+        self._ranges = [
+            (index, dimension, allowed)
+            for index, spec in enumerate(manifest.inputs)
+            for dimension, allowed in spec.ranges.items()
+        ]
         self._make = make
         self._runs = dict(runs)
         self._pick = picker(serves)
@@ -167,6 +172,24 @@ class CompactModel:
                 raise ArtifactError(f"{spec.name}: expected shape {_shown(spec)}, got {shape}. Reshape the input.")
             if dtype != spec.dtype:
                 raise ArtifactError(f"{spec.name}: expected dtype {spec.dtype}, got {dtype}. Convert the input.")
+        if self._ranges:
+            self._check_ranges(inputs)
+
+    def _check_ranges(self, inputs: Sequence[Any]) -> None:
+        known: dict[str, tuple[int, str]] = {}
+        for index, dimension, allowed in self._ranges:
+            size, name = inputs[index].shape[dimension], self.manifest.inputs[index].name
+            if size < allowed.smallest or (allowed.largest is not None and size > allowed.largest):
+                raise ArtifactError(
+                    f"{name}: expected a size {_between(allowed)} in dimension {dimension}, got {size}. "
+                    "Cut or pad the input."
+                )
+            first, where = known.setdefault(allowed.name, (size, name))
+            if size != first:
+                raise ArtifactError(
+                    f"{name}: expected a size of {first} in dimension {dimension}, as {where} has, got {size}. "
+                    "Cut or pad the input."
+                )
 
 
 def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
@@ -224,4 +247,12 @@ def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
 
 
 def _shown(spec: TensorSpec) -> str:
-    return "(" + ", ".join("N" if size is None else str(size) for size in spec.shape) + ")"
+    free = ["N"] + ["any"] * (len(spec.shape) - 1)
+    free = [_between(spec.ranges[at]) if at in spec.ranges else word for at, word in enumerate(free)]
+    return "(" + ", ".join(word if size is None else str(size) for size, word in zip(spec.shape, free)) + ")"
+
+
+def _between(allowed: Range) -> str:
+    if allowed.largest is None:
+        return f"of at least {allowed.smallest}"
+    return f"from {allowed.smallest} to {allowed.largest}"

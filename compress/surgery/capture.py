@@ -18,6 +18,8 @@ from torch.fx import GraphModule
 
 from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
+from compress.surgery.lengths import Length, dynamic_shapes
+from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
 
 __all__ = ["Captured", "capture", "export_program"]
@@ -45,12 +47,15 @@ _NORMS = (torch.ops.aten.batch_norm.default,)
 _WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
 
 
-def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export.ExportedProgram:
+def export_program(
+    network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = ()
+) -> torch.export.ExportedProgram:
     """Capture a network with ``torch.export``, the batch dimension dynamic.
 
     Args:
         network: In the mode that the graph shall start in.
         inputs: Example inputs, at least two samples in dimension 0 of each.
+        lengths: Further sizes that may vary, as that of a sequence.
 
     Raises:
         CaptureError: when the network cannot be captured; the message names the reason.
@@ -58,16 +63,25 @@ def export_program(network: nn.Module, inputs: Sequence[Tensor]) -> torch.export
     if isinstance(network, Captured):
         network.sync_mode()
         network = network.graph_module
-    batch = torch.export.Dim("batch", min=1, max=65536)
+    sizes = dynamic_shapes(inputs, lengths)
     try:
-        shapes = _like_arguments(network, [{0: batch} for _ in inputs])
-        return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
+        shapes = _like_arguments(network, sizes)
+        with kept_whole(lengths):
+            return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        wanted = " and ".join(["a dynamic batch", *map(str, lengths)])
+        reason = _reason(error, named=bool(lengths))
         raise CaptureError(
-            f"capture: expected a network that torch.export can capture with a dynamic batch, "
+            f"capture: expected a network that torch.export can capture with {wanted}, "
             f"got {type(network).__name__}: {reason}. Move data-dependent control flow and fixed batch sizes out of it."
         ) from error
+
+
+def _reason(error: Exception, *, named: bool) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # Of sizes that cannot vary, torch says which and why in a list below the first line.
+    details = [line.removeprefix("- ") for line in lines if line.startswith("- ")] if named else []
+    return " ".join([*lines[:1], *dict.fromkeys(details)][:3]) or type(error).__name__
 
 
 def _like_arguments(network: nn.Module, values: list[Any]) -> tuple[Any, ...]:
@@ -80,7 +94,9 @@ def _like_arguments(network: nn.Module, values: list[Any]) -> tuple[Any, ...]:
     return (*values[:named], tuple(rest)) if rest else tuple(values)
 
 
-def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval") -> Captured:
+def capture(
+    network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval", lengths: Sequence[Length] = ()
+) -> Captured:
     """Return a network as a trainable graph with the same parameters under the same names.
 
     Args:
@@ -89,6 +105,7 @@ def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval")
         mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph;
             with ``"train"`` a random one, as stochastic depth, stays in what is deployed. Dropout and BatchNorm follow
             ``.training`` either way; a BatchNorm that is in evaluation in a network in training stays there for good.
+        lengths: Sizes beyond the batch that may vary.
 
     Raises:
         CaptureError: when the network cannot be captured, or has a BatchNorm without a momentum.
@@ -113,7 +130,7 @@ def capture(network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval")
     ]
     frozen += network.frozen if isinstance(network, Captured) else ()
     with kept_modes(network, training=mode == "train"):
-        program = export_program(network, inputs)
+        program = export_program(network, inputs, lengths=lengths)
     return Captured(program.module(check_guards=False), frozen=frozen).train(network.training)
 
 

@@ -10,13 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from compress.errors import ArtifactError
-from compress.runtime.manifest import FORMAT_VERSION, Manifest, Target, check_file, read_manifest, sha256
+from compress.runtime.manifest import FORMAT_VERSION, Manifest, Range, Target, check_file, read_manifest, sha256
 
 CONTENT: dict[str, Any] = {
     "name": "small",
     "created": "2026-01-01T00:00:00+00:00",
     "task": "classification",
-    "inputs": [{"name": "x", "dtype": "float32", "shape": [None, 1, 8, 8]}],
+    "inputs": [
+        {"name": "x", "dtype": "float32", "shape": [None, 1, 8, 8]},
+        {
+            "name": "tokens",
+            "dtype": "int64",
+            "shape": [None, None],
+            "ranges": {"1": {"name": "size1", "smallest": 2, "largest": 64, "typical": 9}},
+        },
+    ],
     "outputs": [{"name": "output", "dtype": "float32", "shape": [None, 3]}],
     "targets": {
         "eager": {
@@ -59,8 +67,37 @@ def paths(content: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def test_a_manifest_is_read_as_written(tmp_path: Path) -> None:
     manifest = read_manifest(write(tmp_path, CONTENT))
     assert manifest.inputs[0].shape == (None, 1, 8, 8)
+    assert manifest.inputs[0].ranges == {}
+    assert manifest.inputs[1].ranges == {1: Range("size1", 2, 64, 9)}
     assert manifest.targets["eager"].file == "program.pt2"
     assert manifest.labels == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"smallest": 0},
+        {"smallest": 10},
+        {"typical": 65},
+        {"typical": 2.5},
+        {"largest": "64"},
+        {"name": None},
+        {"more": 1},
+    ],
+)
+def test_a_range_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content["inputs"][1]["ranges"]["1"] |= change
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("dimension", ["0", "2", "-1", "x"])
+def test_a_range_of_no_dynamic_dimension_is_refused(tmp_path: Path, dimension: str) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content["inputs"][1]["ranges"] = {dimension: content["inputs"][1]["ranges"]["1"]}
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, content))
 
 
 @settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])

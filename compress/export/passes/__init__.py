@@ -23,6 +23,8 @@ from compress.export.passes.norms import fold_norms
 from compress.export.passes.unused import drop_unused
 from compress.measure import macs
 from compress.surgery.capture import Captured, export_program
+from compress.surgery.lengths import lengths_of
+from compress.surgery.recurrent import kept_whole
 
 __all__ = [
     "PASSES",
@@ -98,6 +100,7 @@ def clean_up(program: ExportedProgram) -> tuple[ExportedProgram, Cleanup]:
     """
     before = graph_size(program)
     graph_module = _functional(program).module(check_guards=False)
+    loosen_views(graph_module)
     changes = {name: apply(graph_module) for name, apply in PASSES.items()}
     changes = {name: count for name, count in changes.items() if count}
     if not changes:
@@ -105,7 +108,7 @@ def clean_up(program: ExportedProgram) -> tuple[ExportedProgram, Cleanup]:
     graph_module.graph.lint()
     graph_module.recompile()
     args, _ = program.example_inputs
-    cleaned = export_program(graph_module, args)
+    cleaned = export_program(graph_module, args, lengths=lengths_of(program))
     return cleaned, Cleanup(before, graph_size(cleaned), changes)
 
 
@@ -130,5 +133,5 @@ def graph_size(program: ExportedProgram) -> GraphSize:
 
 def _functional(program: ExportedProgram) -> ExportedProgram:
     """Return the program without in-place operators, whose order would matter."""
-    with torch.no_grad():
+    with torch.no_grad(), kept_whole(lengths_of(program)):
         return program.run_decompositions({})

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from compress.errors import ExportSkippedError
 
-__all__ = ["TARGETS", "Census", "ExportSkippedError"]
+__all__ = ["TARGETS", "WITH_LENGTHS", "Census", "ExportSkippedError"]
 
 TARGETS = {
     "eager": "compress.export.targets.eager",
@@ -30,6 +30,9 @@ TARGETS = {
     "litert": "compress.export.targets.litert",
     "tensorrt": "compress.export.targets.tensorrt",
 }
+
+WITH_LENGTHS = frozenset({"eager", "aoti", "onnxruntime", "openvino"})
+"""Targets that take sizes beyond the batch that vary."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from torch.export import ExportedProgram
 from compress.export.archive import repack
 from compress.export.arithmetic import written_out
 from compress.export.graph import drop_assertions, drop_traces, loosen_views
+from compress.surgery.lengths import lengths_of
+from compress.surgery.recurrent import kept_whole
 
 __all__ = ["FILE", "build", "requires"]
 
@@ -23,7 +25,7 @@ def build(program: ExportedProgram, path: Path) -> None:
     A loading process then needs no library that registers them. There is no census: this engine computes in floating
     point by design.
     """
-    with torch.no_grad():
+    with torch.no_grad(), kept_whole(lengths_of(program)):
         plain = program.run_decompositions(written_out())
     drop_traces(plain)
     drop_assertions(plain)

@@ -1,0 +1,107 @@
+"""Sizes beyond the batch that may vary in a captured program, such as the length of a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+from torch.fx import Node
+
+from compress.errors import CaptureError
+
+__all__ = ["Length", "dynamic_shapes", "lengths_of", "user_inputs"]
+
+
+@dataclass(frozen=True)
+class Length:
+    """A size that may vary, the same in all inputs that have it.
+
+    Args:
+        dimension: Where it stands in the shape; 0 is the batch, which always varies.
+        smallest: Least size.
+        largest: Greatest size; ``None`` for any.
+        inputs: Positions of the inputs that have it; without, all that have this dimension.
+    """
+
+    dimension: int = 1
+    smallest: int = 1
+    largest: int | None = None
+    inputs: Sequence[int] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.dimension < 1:
+            raise CaptureError(f"dimension: expected at least 1, got {self.dimension}. The batch is dynamic anyway.")
+        if self.smallest < 1 or (self.largest is not None and self.largest <= self.smallest):
+            raise CaptureError(
+                f"dimension {self.dimension}: expected sizes from at least 1 to more than that, got {self.smallest} to "
+                f"{self.largest}. Give the range of sizes that will be served."
+            )
+
+    def __str__(self) -> str:
+        return f"dimension {self.dimension} from {self.smallest} to {self.largest or 'any size'}"
+
+    def places(self, inputs: Sequence[Tensor]) -> list[int]:
+        """Return the positions of the inputs that have it."""
+        if self.inputs is not None:
+            return list(self.inputs)
+        return [index for index, value in enumerate(inputs) if value.dim() > self.dimension]
+
+
+def dynamic_shapes(inputs: Sequence[Tensor], lengths: Sequence[Length]) -> list[dict[int, Any]]:
+    """Return what ``torch.export`` is told of each input: the batch and the lengths that it has.
+
+    Raises:
+        CaptureError: when an example does not have a length, or has it out of its range.
+    """
+    batch = Dim("batch", min=1, max=65536)
+    shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
+    for number, length in enumerate(lengths):
+        size = Dim(f"size{length.dimension}_{number}", min=length.smallest, max=length.largest)
+        places = length.places(inputs)
+        if not places or any(not 0 <= index < len(inputs) for index in places):
+            raise CaptureError(f"{length}: expected inputs that have it, got {places} of {len(inputs)}. Name others.")
+        for index in places:
+            shape = inputs[index].shape
+            found = shape[length.dimension] if len(shape) > length.dimension else 0
+            # torch takes a size of one for a constant.
+            if found < max(2, length.smallest) or found > (length.largest or found):
+                raise CaptureError(
+                    f"{length}: expected an example of a size between {max(2, length.smallest)} and "
+                    f"{length.largest or 'any'}, got input {index} of shape {tuple(shape)}. Give another example."
+                )
+            shapes[index][length.dimension] = size
+    return shapes
+
+
+def lengths_of(program: ExportedProgram) -> tuple[Length, ...]:
+    """Return the lengths that a program was captured with."""
+    found: dict[tuple[Any, int], list[int]] = {}
+    for index, (_, value) in enumerate(user_inputs(program)):
+        for dimension, size in enumerate(value.shape[1:], 1):
+            if isinstance(size, torch.SymInt):
+                found.setdefault((size.node.expr, dimension), []).append(index)
+    return tuple(
+        Length(dimension, *_range(program, expression), tuple(places))
+        for (expression, dimension), places in found.items()
+    )
+
+
+def user_inputs(program: ExportedProgram) -> Iterator[tuple[Node, Tensor]]:
+    """Yield the nodes of a program's inputs, with tensors that have their shapes."""
+    names = set(program.graph_signature.user_inputs)
+    for node in program.graph_module.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            yield node, node.meta["val"]
+
+
+def _range(program: ExportedProgram, expression: Any) -> tuple[int, int | None]:
+    limits = program.range_constraints.get(expression)
+    if limits is None:
+        return 1, None
+    lower, upper = (int(limit) if limit.is_Integer else None for limit in (limits.lower, limits.upper))
+    return max(1, lower or 1), upper
