@@ -20,7 +20,7 @@ from compress.errors import ExportError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs, largest_batch, output_shape
-from compress.export.parity import compare, other_sizes, reference_outputs
+from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
 from compress.export.targets import TARGETS, ExportSkippedError
@@ -71,6 +71,7 @@ def export_artifact(
     if unknown:
         raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
     inputs = input_specs(program)
+    check_inputs(inputs, held_out)
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))

@@ -20,13 +20,13 @@ from compress.export.arithmetic import recognise
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs
-from compress.export.parity import other_sizes, reference_outputs
+from compress.export.parity import check_inputs, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import Product, products
 from compress.export.samples import random_inputs
 from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine, missing_package
-from compress.runtime.manifest import Manifest, Target, check_file, read_manifest
+from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours, sign
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import lengths_of
@@ -137,7 +137,7 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
     if inputs is None:
         inputs = random_inputs(module, manifest.inputs, seed=seed)
         notes["inputs"] = f"random, seed {seed}"
-    _check_inputs(manifest, inputs)
+    check_inputs(manifest.inputs, inputs)
     engine = make_engine(_SOURCE, source)
     lengths = lengths_of(portable)
     wanted = reference_outputs(lambda *batch: engine(batch)[0], inputs)
@@ -154,23 +154,10 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
 _GATES = {field.name for field in fields(Gates)}
 
 
-def _check_inputs(manifest: Manifest, inputs: Sequence[Tensor]) -> None:
-    found = [(str(value.dtype).removeprefix("torch."), tuple(value.shape)) for value in inputs]
-    for spec, (dtype, shape) in zip(manifest.inputs, found):
-        fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
-        if dtype != spec.dtype or not fits or shape[0] < 2:
-            raise ExportError(
-                f"{spec.name}: expected at least 2 samples of shape {spec.shape[1:]} and dtype {spec.dtype}, "
-                f"got shape {shape} and dtype {dtype}. Give inputs as the network takes them."
-            )
-    if len(inputs) != len(manifest.inputs):
-        raise ExportError(f"inputs: expected {len(manifest.inputs)}, got {len(inputs)}. Give one for each.")
-
-
 def _check_program(manifest: Manifest, program: ExportedProgram, source: Path) -> None:
-    """Make sure that the program is the one that the manifest describes."""
+    """Make sure that the program is the one that the manifest describes, whatever sizes it was captured with."""
     specs = input_specs(program)
-    if specs != manifest.inputs:
+    if [_without_typical(spec) for spec in specs] != [_without_typical(spec) for spec in manifest.inputs]:
         raise ArtifactError(f"{source}: expected inputs {manifest.inputs}, got {specs}. Export again.")
 
 
@@ -183,6 +170,13 @@ def _build_all(targets: Sequence[str], job: Job, folder: Path, *, progress: bool
     if failed:
         raise ExportError("\n".join([*failed, "The artefact is as it was. Loosen the gate, or leave the target out."]))
     return built
+
+
+def _without_typical(spec: TensorSpec) -> TensorSpec:
+    ranges = {
+        dimension: dataclasses.replace(allowed, typical=allowed.smallest) for dimension, allowed in spec.ranges.items()
+    }
+    return dataclasses.replace(spec, ranges=ranges)
 
 
 def _folder_in(directory: Path) -> Path:

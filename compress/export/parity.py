@@ -14,9 +14,11 @@ from torch.export import ExportedProgram
 from compress.errors import ExportError
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
+from compress.runtime.manifest import TensorSpec
+from compress.runtime.sizes import described, wrong_size
 from compress.surgery.lengths import Length
 
-__all__ = ["Parity", "Sample", "check_parity", "compare", "other_sizes", "reference_outputs"]
+__all__ = ["Parity", "Sample", "check_inputs", "check_parity", "compare", "other_sizes", "reference_outputs"]
 
 _BATCH = 63  # divides no usual N: the last batch is smaller, so a fixed batch size cannot go unnoticed
 _NUM_SINGLES = 16
@@ -48,6 +50,31 @@ class Parity:
     batches: Agreement
     singles: Agreement
     others: Mapping[str, Agreement] = field(default_factory=dict)
+
+
+def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> None:
+    """Make sure that inputs are such as a program takes.
+
+    Args:
+        specs: Of the program's inputs.
+        inputs: Shape (N, ...) each.
+
+    Raises:
+        ExportError: when number, shape, dtype or a size is another.
+    """
+    if len(inputs) != len(specs):
+        raise ExportError(f"inputs: expected {len(specs)}, got {len(inputs)}. Give one for each.")
+    for spec, value in zip(specs, inputs):
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(value.shape)
+        fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
+        if dtype != spec.dtype or not fits or shape[0] < 2:
+            raise ExportError(
+                f"{spec.name}: expected at least 2 samples of shape {described(spec)} and dtype {spec.dtype}, "
+                f"got shape {shape} and dtype {dtype}. Give inputs as the network takes them."
+            )
+    reason = wrong_size(specs, [value.shape for value in inputs])
+    if reason:
+        raise ExportError(reason)
 
 
 def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from compress.surgery.lengths import user_inputs
 
 __all__ = ["RECURRENT", "Product", "int8_macs", "products"]
 
@@ -44,6 +46,8 @@ _VIEWS: tuple[str, ...] = (
     "unsqueeze",
 )
 _VIEWS += ("clone", "contiguous", "slice", "select", "unbind", "chunk", "split", "getitem", "alias", "detach")
+# Gives the sizes of a node's value.
+_Sizes = Callable[[Any], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Product:
 
     Args:
         name: Of its node.
-        macs: Multiply-accumulates for one sample.
+        macs: Multiply-accumulates for one sample, of typical sizes where these vary.
         quantized: Whether all that it multiplies comes from integers.
     """
 
@@ -65,13 +69,14 @@ def products(program: ExportedProgram) -> list[Product]:
     """List a program's products in the order of the graph.
 
     Args:
-        program: Captured with a dynamic batch dimension; sizes that depend on it count for one sample, and for a
-            length of one.
+        program: Captured with a dynamic batch dimension. Sizes that depend on it count for one sample; where others
+            vary, for a sample of the sizes of its example inputs.
     """
+    sizes = _sizes_of_one_sample(program)
     found = []
     for node in program.graph.nodes:
         if node.op == "call_function":
-            macs = _macs(node)
+            macs = _macs(node, sizes)
             if macs:
                 found.append(Product(node.name, macs, all(_from_integers(factor) for factor in _factors(node))))
     return found
@@ -106,30 +111,30 @@ def int8_macs(found: Iterable[Product], *, int8_kernels: int, float_kernels: int
     return sum(quantized[: len(quantized) - min(missing, surplus)])
 
 
-def _macs(node: Node) -> int:
+def _macs(node: Node, sizes: _Sizes) -> int:
     target: Any = node.target
     if target in RECURRENT:
-        return _recurrent_macs(node)
+        return _recurrent_macs(node, sizes)
     if target is _OPERATORS.scaled_dot_product_attention.default:
-        query, key, value = (_sizes(factor) for factor in node.args[:3])
+        query, key, value = (sizes(factor) for factor in node.args[:3])
         return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
     if target in _TRANSPOSED:
-        return prod(_sizes(node.args[0])) * prod(_sizes(node.args[1])[1:])
+        return prod(sizes(node.args[0])) * prod(sizes(node.args[1])[1:])
     if target in _CONVOLUTIONS or target is _OPERATORS.linear.default:
-        return prod(_sizes(node)) * prod(_sizes(node.args[1])[1:])
+        return prod(sizes(node)) * prod(sizes(node.args[1])[1:])
     if target in _MATRICES or target is _OPERATORS.addmm.default:
-        return prod(_sizes(node)) * _sizes(_factors(node)[0])[-1]
+        return prod(sizes(node)) * sizes(_factors(node)[0])[-1]
     return 0
 
 
-def _recurrent_macs(node: Node) -> int:
-    steps = prod(_sizes(node.args[0])[:-1])
-    return steps * sum(prod(_sizes(weight)) for weight in _recurrent_weights(node))
+def _recurrent_macs(node: Node, sizes: _Sizes) -> int:
+    steps = prod(sizes(node.args[0])[:-1])
+    return steps * sum(prod(sizes(weight)) for weight in _recurrent_weights(node))
 
 
 def _recurrent_weights(node: Node) -> list[Any]:
     parameters: Any = node.args[2]
-    return [value for value in parameters if len(_sizes(value)) == 2]
+    return [value for value in parameters if value.meta["val"].dim() == 2]
 
 
 def _factors(node: Node) -> list[Any]:
@@ -142,16 +147,18 @@ def _factors(node: Node) -> list[Any]:
     return list(node.args[:2])
 
 
-def _sizes(value: Any) -> tuple[int, ...]:
-    """Return a value's sizes, one where they depend on the batch."""
-    return tuple(_for_one_sample(size) for size in value.meta["val"].shape)
+def _sizes_of_one_sample(program: ExportedProgram) -> _Sizes:
+    examples, _ = program.example_inputs
+    known: dict[Any, int] = {}
+    for index, (_, value) in enumerate(user_inputs(program)):
+        for dimension, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                known[size.node.expr] = examples[index].shape[dimension] if dimension else 1
 
+    def number(size: Any) -> int:
+        return int(size.node.expr.subs(known)) if isinstance(size, torch.SymInt) else size
 
-def _for_one_sample(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    expression = size.node.expr
-    return int(expression.subs(dict.fromkeys(expression.free_symbols, 1)))
+    return lambda value: tuple(map(number, value.meta["val"].shape))
 
 
 def _from_integers(value: Any) -> bool:

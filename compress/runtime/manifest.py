@@ -26,7 +26,8 @@ class Range:
         name: Dimensions of one name have one size, in all inputs.
         smallest: Least size.
         largest: Greatest size; ``None`` for any.
-        typical: That of the inputs on which the artefact was checked and is measured.
+        typical: That of the inputs on which the artefact was checked and is measured, and of the sample whose
+            multiply-accumulates are counted.
     """
 
     name: str
@@ -95,7 +96,8 @@ class Manifest:
         skipped: Why a wanted target is not there, by engine.
         cleanup: Operators, bytes and multiply-accumulates of the program before and after cleaning, and what changed.
         max_batch: Largest batch that the files take at once, or ``None`` without a limit.
-        products: Each convolution and matrix product of the program: ``name, macs, quantized``.
+        products: Each convolution and matrix product of the program: ``name, macs, quantized``. Here as in ``cleanup``
+            and every census, multiply-accumulates are those of one sample, of typical sizes where these vary.
         agreement: Distance of the program, before an engine compiles it, from the trained module.
         gates: What each target had to pass.
         format_version: Of this file.

@@ -12,7 +12,8 @@ from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
-from compress.runtime.manifest import Manifest, Range, TensorSpec
+from compress.runtime.manifest import Manifest
+from compress.runtime.sizes import described, wrong_size
 
 __all__ = ["CompactModel"]
 
@@ -51,11 +52,7 @@ class CompactModel:
         self.engines = tuple(engines)
         self.engines_by_batch = dict(serves)
         self.times: Times = times or {}
-        self._ranges = [
-            (index, dimension, allowed)
-            for index, spec in enumerate(manifest.inputs)
-            for dimension, allowed in spec.ranges.items()
-        ]
+        self._varies = any(spec.ranges for spec in manifest.inputs)
         self._make = make
         self._runs = dict(runs)
         self._pick = picker(serves)
@@ -169,27 +166,12 @@ class CompactModel:
             shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
             fits = len(shape) == len(spec.shape) and all(w in (None, s) for w, s in zip(spec.shape, shape))
             if not fits or shape[:1] == (0,):
-                raise ArtifactError(f"{spec.name}: expected shape {_shown(spec)}, got {shape}. Reshape the input.")
+                raise ArtifactError(f"{spec.name}: expected shape {described(spec)}, got {shape}. Reshape the input.")
             if dtype != spec.dtype:
                 raise ArtifactError(f"{spec.name}: expected dtype {spec.dtype}, got {dtype}. Convert the input.")
-        if self._ranges:
-            self._check_ranges(inputs)
-
-    def _check_ranges(self, inputs: Sequence[Any]) -> None:
-        known: dict[str, tuple[int, str]] = {}
-        for index, dimension, allowed in self._ranges:
-            size, name = inputs[index].shape[dimension], self.manifest.inputs[index].name
-            if size < allowed.smallest or (allowed.largest is not None and size > allowed.largest):
-                raise ArtifactError(
-                    f"{name}: expected a size {_between(allowed)} in dimension {dimension}, got {size}. "
-                    "Cut or pad the input."
-                )
-            first, where = known.setdefault(allowed.name, (size, name))
-            if size != first:
-                raise ArtifactError(
-                    f"{name}: expected a size of {first} in dimension {dimension}, as {where} has, got {size}. "
-                    "Cut or pad the input."
-                )
+        reason = wrong_size(specs, [value.shape for value in inputs]) if self._varies else None
+        if reason:
+            raise ArtifactError(reason)
 
 
 def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
@@ -244,15 +226,3 @@ def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
     if engine.takes == "torch":
         return engine(tensors)[0].to(device)
     return torch.from_numpy(engine([tensor.numpy() for tensor in tensors])[0]).to(device)
-
-
-def _shown(spec: TensorSpec) -> str:
-    free = ["N"] + ["any"] * (len(spec.shape) - 1)
-    free = [_between(spec.ranges[at]) if at in spec.ranges else word for at, word in enumerate(free)]
-    return "(" + ", ".join(word if size is None else str(size) for size, word in zip(spec.shape, free)) + ")"
-
-
-def _between(allowed: Range) -> str:
-    if allowed.largest is None:
-        return f"of at least {allowed.smallest}"
-    return f"from {allowed.smallest} to {allowed.largest}"

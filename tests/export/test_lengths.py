@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +19,7 @@ from torch.nn import functional as F
 from compress.errors import ArtifactError, ExportError, ExportSkippedError
 from compress.export import convert, export_artifact
 from compress.export.targets import TARGETS, WITH_LENGTHS
+from compress.measure.cost import macs
 from compress.models import LSTMClassifier
 from compress.quantize import calibrate, prepare
 from compress.quantize import convert as to_integers
@@ -68,21 +72,35 @@ def made(kind: str) -> Made:
     return Made(Masked().eval(), _tokens)
 
 
-@pytest.fixture(scope="module", params=["lstm", "transformer"])
-def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    network, inputs = made(request.param)
-    path = tmp_path_factory.mktemp(request.param) / "artifact"
+@cache
+def artifact(kind: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lengths-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    network, inputs = made(kind)
     held_out = inputs(20, 9)
     program = export_program(network, [value[:2] for value in held_out], lengths=[LENGTH])
-    export_artifact(program, path, targets=HERE, reference=network, held_out=held_out)
-    return request.param, path
+    export_artifact(program, folder / "artifact", targets=HERE, reference=network, held_out=held_out)
+    return folder / "artifact"
+
+
+@pytest.fixture(params=["lstm", "transformer"])
+def served(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    return request.param, artifact(request.param)
+
+
+@pytest.fixture
+def masked() -> Path:
+    return artifact("transformer")
 
 
 def test_the_manifest_says_the_range_and_where_parity_was_checked(served: tuple[str, Path]) -> None:
+    network, inputs = made(served[0])
     manifest = read_manifest(served[1])
     for spec in manifest.inputs:
         assert spec.shape[:2] == (None, None)
         assert spec.ranges == {1: Range("size1", 2, 24, 9)}
+    assert sum(product["macs"] for product in manifest.products) == manifest.cleanup["after"]["macs"]
+    assert manifest.cleanup["before"]["macs"] == macs(network, [value[:1] for value in inputs(2, 9)])
     assert list(manifest.targets) == HERE
     for target in manifest.targets.values():
         errors = target.agreement["relative_error_at"]
@@ -101,6 +119,18 @@ def test_every_engine_serves_every_length(served: tuple[str, Path], engine: str)
     assert model.benchmark((2,), seconds=0.01)[0]["p50_ms"] > 0
 
 
+@pytest.mark.parametrize("engine", HERE)
+def test_a_masked_batch_gives_what_each_sequence_gives_alone(masked: Path, engine: str) -> None:
+    model = load(masked, engine=engine)
+    tokens, mask = _tokens(6, 24)
+    mask[0], mask[1] = 1, torch.arange(24) < 2
+    together = model(tokens, mask)
+    torch.testing.assert_close(model(tokens.where(mask > 0, 10), mask), together, atol=1e-6, rtol=1e-5)
+    for row, end in enumerate(mask.sum(1).clamp(min=2).tolist()):
+        alone = model(tokens[row : row + 1, :end], mask[row : row + 1, :end])
+        torch.testing.assert_close(alone, together[row : row + 1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("length", [1, 25])
 def test_other_lengths_are_an_error_that_names_them(served: tuple[str, Path], length: int) -> None:
     kind, path = served
@@ -109,10 +139,13 @@ def test_other_lengths_are_an_error_that_names_them(served: tuple[str, Path], le
         load(path, engine="onnxruntime")(*made(kind).inputs(2, length))
 
 
-def test_a_target_is_added_with_the_same_lengths(served: tuple[str, Path]) -> None:
+@pytest.mark.parametrize("length", [None, 13])
+def test_a_target_is_added_with_the_same_lengths(served: tuple[str, Path], length: int | None) -> None:
     kind, path = served
-    manifest = convert(path, ["onnxruntime"], replace=True)
-    assert manifest.inputs == read_manifest(path).inputs
+    before = read_manifest(path)
+    inputs = made(kind).inputs(20, length) if length else None
+    manifest = convert(path, ["onnxruntime"], inputs=inputs, replace=True)
+    assert (manifest.inputs, manifest.products) == (before.inputs, before.products)
     assert len(manifest.targets["onnxruntime"].agreement["relative_error_at"]) == 2
     given = made(kind).inputs(3, 13)
     with torch.no_grad():
@@ -120,17 +153,46 @@ def test_a_target_is_added_with_the_same_lengths(served: tuple[str, Path]) -> No
     torch.testing.assert_close(load(path, engine="onnxruntime")(*given), wanted, atol=1e-5, rtol=1e-4)
 
 
-def test_inputs_of_different_lengths_are_refused(tmp_path: Path) -> None:
-    network, inputs = made("transformer")
-    held_out = inputs(4, 9)
-    program = export_program(network, [value[:2] for value in held_out], lengths=[LENGTH])
-    export_artifact(program, tmp_path / "a", targets=["onnxruntime"], reference=network, held_out=held_out)
-    model = load(tmp_path / "a")
-    tokens, mask = inputs(2, 9)
+def test_inputs_of_different_lengths_are_refused(masked: Path) -> None:
+    model = load(masked, engine="onnxruntime")
+    tokens, mask = _tokens(2, 9)
     with pytest.raises(ArtifactError, match="mask: expected a size of 9 in dimension 1, as tokens has, got 8"):
         model(tokens, mask[:, :8])
+    with pytest.raises(ArtifactError, match="mask: expected a size from 2 to 24 in dimension 1, got 1"):
+        model(tokens, mask[:, :1])
     with pytest.raises(ArtifactError, match=r"tokens: expected shape \(N, from 2 to 24\), got \(2, 9, 1\)"):
         model(tokens[..., None], mask)
+
+
+def test_inputs_to_compare_on_have_lengths_of_the_range(masked: Path, tmp_path: Path) -> None:
+    network, inputs = made("transformer")
+    program = export_program(network, inputs(2, 9), lengths=[LENGTH])
+    tokens, mask = inputs(4, 9)
+    for held_out, reason in (
+        (inputs(4, 25), "tokens: expected a size from 2 to 24 in dimension 1, got 25"),
+        ([tokens, mask[:, :5]], "mask: expected a size of 9 in dimension 1, as tokens has, got 5"),
+    ):
+        with pytest.raises(ExportError, match=reason):
+            export_artifact(program, tmp_path / "a", targets=["eager"], reference=network, held_out=held_out)
+        with pytest.raises(ExportError, match=reason):
+            convert(masked, ["onnxruntime"], inputs=held_out, replace=True)
+
+
+def test_a_length_without_a_limit(tmp_path: Path) -> None:
+    network, inputs = made("lstm")
+    (x,) = inputs(4, 9)
+    program = export_program(network, [x[:2]], lengths=[Length(1, 2)])
+    targets = ["eager", "onnxruntime"]
+    manifest = export_artifact(program, tmp_path / "a", targets=targets, reference=network, held_out=[x])
+    assert manifest.inputs[0].ranges == {1: Range("size1", 2, None, 9)}
+    assert list(manifest.targets["eager"].agreement["relative_error_at"]) == ["2 in dimension 1", "18 in dimension 1"]
+    (long,) = inputs(2, 100)
+    for engine in targets:
+        model = load(tmp_path / "a", engine=engine)
+        with torch.no_grad():
+            torch.testing.assert_close(model(long), network(long), atol=1e-5, rtol=1e-4)
+        with pytest.raises(ArtifactError, match="expected a size of at least 2 in dimension 1, got 1"):
+            model(long[:, :1])
 
 
 def test_int8_at_every_length(tmp_path: Path) -> None:

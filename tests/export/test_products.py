@@ -7,6 +7,7 @@ from torch import nn
 from compress.export.products import Product, int8_macs, products
 from compress.measure.cost import macs
 from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length
 from tests.export.networks import KINDS, network
 
 
@@ -16,6 +17,17 @@ def test_products_cost_what_the_profiler_counts(kind: str) -> None:
     found = products(made.program)
     assert sum(product.macs for product in found) == macs(made.reference, [made.inputs[:1]])
     assert not any(product.quantized for product in found)
+
+
+@pytest.mark.parametrize(("kind", "length"), [("transformer", 6), ("lstm", 9)])
+def test_where_lengths_vary_a_sample_is_as_long_as_the_example(kind: str, length: int) -> None:
+    made = network(kind)
+    fixed = products(made.program)
+    for size in (length, 2 * length):
+        x = made.inputs[:2].repeat(1, size // length, 1)
+        found = products(export_program(made.reference, [x], lengths=[Length(1, 2, 24)]))
+        assert [product.name for product in found] == [product.name for product in fixed]
+        assert sum(product.macs for product in found) == macs(made.reference, [x[:1]])
 
 
 def test_a_converted_network_says_which_of_them_are_quantised() -> None:

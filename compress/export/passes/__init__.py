@@ -58,7 +58,7 @@ class GraphSize:
     Args:
         nodes: Operators of its graph.
         bytes: Of its weights and constants, in memory.
-        macs: Multiply-accumulates of one sample.
+        macs: Multiply-accumulates of one sample, of typical sizes where these vary.
     """
 
     nodes: int
