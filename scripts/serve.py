@@ -5,6 +5,7 @@
 
 POST /predict takes one raw sample as nested lists and gives its label and probabilities; GET /health says whether the
 server is ready. A sample of another shape, or with values that are no numbers, gets status 422 and never meets others.
+Where sizes may vary, samples of one shape become one batch: none is padded.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import compress
 from compress.errors import CompressError
 from compress.runtime.manifest import Manifest, read_manifest
 from compress.runtime.model import preprocess
+from compress.runtime.sizes import wrong_size
 
 _SERVED = "COMPRESS_SERVED"
 
@@ -50,6 +52,9 @@ class Query(BaseModel):
         wanted = manifest.inputs[0].shape
         if given.ndim != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, given.shape)):
             raise ValueError(f"expected one sample of shape {list(wanted[1:])}, got {list(sample.shape)}")
+        reason = wrong_size(manifest.inputs[:1], [given.shape])
+        if reason:
+            raise ValueError(reason)
         if not np.isfinite(given).all():
             raise ValueError("expected finite numbers")
         return value
@@ -78,14 +83,18 @@ class Served(litserve.LitAPI):
         """Return the sample."""
         return np.asarray(request.inputs)
 
-    def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
-        """Stack samples."""
-        return np.stack(inputs)
+    def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+        """Leave samples as they are: they need not have one shape."""
+        return inputs
 
-    def predict(self, batch: np.ndarray) -> list[tuple[Any, np.ndarray]]:
-        """Return label and probabilities of each sample."""
-        labels, probabilities = self.model.predict(batch)
-        return list(zip(labels, probabilities))
+    def predict(self, samples: list[np.ndarray]) -> list[tuple[Any, np.ndarray]]:
+        """Return label and probabilities of each sample; those of one shape run at once."""
+        found: dict[int, tuple[Any, np.ndarray]] = {}
+        for shape in {sample.shape for sample in samples}:
+            places = [place for place, sample in enumerate(samples) if sample.shape == shape]
+            labels, probabilities = self.model.predict(np.stack([samples[place] for place in places]))
+            found.update(zip(places, zip(labels, probabilities)))
+        return [found[place] for place in range(len(samples))]
 
     def unbatch(self, output: list[tuple[Any, np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
         """Return one output for each sample."""

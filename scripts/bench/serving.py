@@ -20,6 +20,7 @@ import numpy as np
 from common import Row, finish, options
 
 import compress
+from compress.runtime.examples import example_sizes
 
 _SCRIPT = Path(__file__).parents[1] / "serve.py"
 
@@ -29,7 +30,7 @@ def main() -> None:
     arguments = options(__doc__ or "", _more)
     seconds = 3.0 if arguments.quick else 15.0
     model = compress.load(arguments.artifact, trust=arguments.trust)
-    shape = tuple(size or 1 for size in model.manifest.inputs[0].shape[1:])
+    shape = example_sizes(model.manifest.inputs[0])
     samples = np.random.default_rng(0).random((64, *shape))
     rows = [Row(f"without HTTP, {model.engine}, batch 1", "calls", _alone(model, samples, seconds), "1/s")]
     bodies = [json.dumps({"inputs": sample.tolist()}) for sample in samples]

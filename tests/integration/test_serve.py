@@ -12,13 +12,19 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from compress.export import export_artifact
+from compress.models import LSTMClassifier
 from compress.runtime import load
+from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length
 from tests.export.programs import artifact
 
 pytest.importorskip("litserve", reason="serving needs the extra 'serve'")
@@ -28,19 +34,30 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with served(artifact(), tmp_path_factory.mktemp("serve")) as number:
+        yield number
+
+
+@contextmanager
+def served(path: Path, folder: Path, *options: str) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(artifact()), "--port", str(number)]
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path), "--port", str(number)]
     environment = {
         **os.environ,
-        "COMPRESS_CACHE": str(tmp_path_factory.mktemp("cache")),
+        "COMPRESS_CACHE": str(folder / "cache"),
         "PYTHONPATH": str(ROOT),
     }
-    log = tmp_path_factory.mktemp("serve") / "log"
+    log = folder / "log"
     with log.open("w") as file:
-        options: Any = {"stdout": file, "stderr": file, "env": environment, "start_new_session": True}
-        process = subprocess.Popen([*command, "--engine", "onnxruntime"], **options)
+        process = subprocess.Popen(
+            [*command, "--engine", "onnxruntime", *options],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            start_new_session=True,
+        )
         try:
             _wait(process, number, log)
             yield number
@@ -111,6 +128,25 @@ def test_malformed_requests_are_refused_and_harm_nobody(port: int, body: str, me
         answers = list(pool.map(lambda text: ask(port, "POST", "/predict", text), [good, body, good, body]))
     assert [status for status, _ in answers] == [200, 422, 200, 422]
     assert message in answers[1][1]["detail"][0]["message"]
+
+
+def test_samples_of_several_lengths_come_together_and_none_is_padded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = LSTMClassifier(3, 5, 8, 1).eval(), torch.randn(20, 9, 3)
+    program = export_program(network, [x[:2]], lengths=[Length(1, 2, 24)])
+    export_artifact(program, tmp_path / "a", targets=["onnxruntime"], reference=network, held_out=[x])
+    samples = [torch.randn(2 + i % 5, 3) for i in range(30)]
+    with torch.no_grad():
+        wanted = [network(sample[None]).softmax(-1)[0] for sample in samples]
+    bodies = [json.dumps({"inputs": sample.tolist()}) for sample in [*samples, torch.randn(1, 3), torch.randn(25, 3)]]
+    # Long enough that they do come together.
+    with served(tmp_path / "a", tmp_path, "--batch_timeout", "0.2") as port, ThreadPoolExecutor(32) as pool:
+        answers = list(pool.map(lambda body: ask(port, "POST", "/predict", body), bodies))
+    assert [status for status, _ in answers] == [200] * 30 + [422] * 2
+    got = torch.tensor([answer["probabilities"] for _, answer in answers[:30]])
+    torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=1e-4)
+    for (_, answer), size in zip(answers[30:], (1, 25)):
+        assert f"x: expected a size from 2 to 24 in dimension 1, got {size}." in answer["detail"][0]["message"]
 
 
 def test_other_paths_and_methods(port: int) -> None:
