@@ -33,18 +33,25 @@ class Study:
         more: Epochs that each variant goes on.
         rate: The optimiser's learning rate then.
         words: Overrides of all runs.
+        few: Overrides of runs with few bits.
     """
 
     epochs: int
     more: int
     rate: float
     words: tuple[str, ...] = ()
+    few: tuple[str, ...] = ()
 
 
 STUDIES = {
     "fashion_mnist_quantize": Study(epochs=4, more=2, rate=0.01, words=("--data.init_args.num_train", "20000")),
     "sst2_minilm_quantize": Study(epochs=2, more=1, rate=2e-5, words=("--data.init_args.length", "48")),
-    "ecg5000_lstm_quantize": Study(epochs=40, more=15, rate=1e-3),
+    "ecg5000_lstm_quantize": Study(
+        epochs=40,
+        more=15,
+        rate=1e-3,
+        few=("--quantize.first_last", "w4a8"),  # it has a first and a last layer alone
+    ),
 }
 
 SELF = [
@@ -96,7 +103,8 @@ def main() -> None:
             if (folder / "fake_quantised.json").exists():
                 continue
             console.rule(f"{options.recipe}, {variant}, seed {seed}")
-            _fit(options.recipe, folder, [*words, "--seed", str(seed), *start, *VARIANTS[variant]])
+            few = study.few if "w4a8" in VARIANTS[variant] else ()
+            _fit(options.recipe, folder, [*words, "--seed", str(seed), *start, *VARIANTS[variant], *few])
             _test(folder)
     rows = _rows(options.runs)
     temporary = options.output.with_name(options.output.name + ".tmp")
