@@ -62,14 +62,17 @@ class CompactModel:
         """Run a batch.
 
         Args:
-            inputs: One tensor or array for each input of the manifest; any batch size.
+            inputs: One tensor or array for each input of the manifest; any batch size. Or all of them in one tuple or
+                list, or by the manifest's names in one mapping.
 
         Returns:
             The output, shape (N, ...): a tensor for tensors, on their device; an array for arrays.
 
         Raises:
-            ArtifactError: when number, shape or dtype of the inputs is not what the manifest says.
+            ArtifactError: when number, names, shape or dtype of the inputs is not what the manifest says.
         """
+        if len(inputs) == 1 and isinstance(inputs[0], Mapping | tuple | list):
+            inputs = self._in_order(inputs[0])
         self._check(inputs)
         num, largest = len(inputs[0]), self.manifest.max_batch
         if largest is None or num <= largest:
@@ -139,6 +142,11 @@ class CompactModel:
             self._make(name, num)  # gives the process the threads that those which serve were loaded with
         return rows
 
+    def engine_for(self, batch: int) -> str:
+        """Return the name of the engine that serves a batch of so many samples."""
+        largest = self.manifest.max_batch
+        return self._pick(batch if largest is None else min(batch, largest))
+
     @property
     def threads(self) -> int:
         """Threads of one call, with a single sample."""
@@ -151,6 +159,17 @@ class CompactModel:
 
     def _serve(self, inputs: Sequence[Any], num: int) -> Any:
         return _call(self._runs[self._pick(num)], inputs)
+
+    def _in_order(self, given: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
+        if not isinstance(given, Mapping):
+            return tuple(given)
+        names = [spec.name for spec in self.manifest.inputs]
+        if set(given) != set(names):
+            got = ", ".join(map(str, given)) or "none"
+            raise ArtifactError(
+                f"inputs: expected {', '.join(names)}, got {got}. Give each of these names, and no other."
+            )
+        return tuple(given[name] for name in names)
 
     def _check(self, inputs: Sequence[Any]) -> None:
         specs = self.manifest.inputs

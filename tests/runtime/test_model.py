@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -36,6 +37,16 @@ class Doubling:
         self.sizes.append(len(inputs[0]))
         assert len(inputs[0]) <= self.limit
         return [sum(inputs) * 2]
+
+
+class Minus:
+    """An engine to which the order of its inputs matters."""
+
+    takes = "numpy"
+    threads = 1
+
+    def __call__(self, inputs: Any) -> list[Any]:
+        return [inputs[0] - inputs[1]]
 
 
 def doubling(limit: int = 4, inputs: int = 1) -> CompactModel:
@@ -119,6 +130,8 @@ def test_each_batch_size_has_its_engine() -> None:
     for num in (1, 2, 3, 8, 22, 23, 64, 65):
         assert np.array_equal(model(np.ones((num, 3), np.float32)), np.full((num, 3), 2))
     assert (one.sizes, many.sizes) == ([1, 2, 23, 64, 64, 1], [3, 8, 22])
+    assert [model.engine_for(num) for num in (1, 3, 22, 23, 1000)] == ["one", "many", "many", "one", "one"]
+    assert two_engines(8)[0].engine_for(1000) == "many"
     assert (model.engine, model.engines) == ("one", ("one", "many"))
     assert repr(model) == (
         "CompactModel('doubling', engine='one', scheme=None, "
@@ -151,6 +164,27 @@ def test_several_inputs_go_together() -> None:
         model(np.ones((2, 3), np.float32), np.ones((1, 3), np.float32))
     with pytest.raises(ArtifactError, match="numpy, torch"):
         model(np.ones((2, 3), np.float32), torch.ones(2, 3))
+
+
+def test_inputs_come_in_one_collection_or_by_name() -> None:
+    manifest = doubling(inputs=2).manifest
+    model = CompactModel(manifest, {"minus": Minus()}, lambda name: Minus(), engines=["minus"], serves={1: "minus"})
+    first, second = np.ones((2, 3), np.float32), np.full((2, 3), 5, np.float32)
+    wanted = first - second
+    for given in ((first, second), [first, second], {"x1": second, "x0": first}, UserDict(x0=first, x1=second)):
+        assert np.array_equal(model(given), wanted)
+    assert isinstance(model((torch.ones(2, 3), torch.ones(2, 3))), torch.Tensor)
+    assert np.array_equal(doubling()({"x0": first}), 2 * first)
+    for wrong, message in [
+        ({"x0": first}, r"inputs: expected x0, x1, got x0\. Give each of these names, and no other"),
+        ({"x0": first, "x1": second, "mask": first}, "inputs: expected x0, x1, got x0, x1, mask"),
+        ({}, "inputs: expected x0, x1, got none"),
+        ([first], r"inputs: expected 2 \(x0, x1\), got 1"),
+        ((), r"inputs: expected 2 \(x0, x1\), got 0"),
+        ([[1.0, 2.0], [3.0, 4.0]], "inputs: expected arrays or tensors, got list"),
+    ]:
+        with pytest.raises(ArtifactError, match=message):
+            model(wrong)
 
 
 def test_predict_takes_raw_values(model: CompactModel) -> None:
