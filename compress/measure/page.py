@@ -104,7 +104,7 @@ PAGE = (
 </table>
 </div>
 {% if artifact_bytes %}
-<p class="note">On disk: the file that the served engine loads; the whole artefact, with all its engines, has
+<p class="note">On disk: the files that the serving engines load; the whole artefact, with all its engines, has
 {{ artifact_bytes }}.</p>
 {% endif %}
 

@@ -36,9 +36,9 @@ class Stage:
         metrics: Test metrics by their torchmetrics name, lower case.
         num_params: Parameters.
         macs: Multiply-accumulates of one sample.
-        bytes: Size on disk of the weights, or of the file that the served engine loads.
+        bytes: Size on disk of the weights, or of the files that the serving engines load.
         peak_memory: Bytes by which a fresh process grows.
-        latency: Rows; those of the engine that serves come first.
+        latency: Rows; of each batch size, that of the engine that serves it comes first.
         artifact_bytes: Size of the whole artefact, where the stage is one.
     """
 
@@ -52,7 +52,7 @@ class Stage:
     artifact_bytes: int | None = None
 
     def latency_at(self, batch: int, *, engine: str | None = None) -> LatencyRow | None:
-        """Return the row of an engine (default: the one that serves) at a batch size, or ``None``."""
+        """Return the row of an engine (default: the one that serves it) at a batch size, or ``None``."""
         for row in self.latency:
             if row.batch == batch and engine in (None, row.engine):
                 return row
@@ -60,7 +60,7 @@ class Stage:
 
     @property
     def engines(self) -> list[str]:
-        """Engine names, the one that serves first."""
+        """Engine names, those that serve first."""
         return list(dict.fromkeys(row.engine for row in self.latency))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from compress.measure.results import LatencyRow, Report, Sensitivity, Stage
+from compress.measure.results import LatencyRow, Report, Sensitivity
 from compress.measure.units import ABSENT, as_bytes, as_count, as_metric, as_ms
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class Row:
         macs: Multiply-accumulates of a sample.
         bytes: Size on disk.
         peak_memory: Peak memory.
-        engine: Engine name.
+        engine: Engine name; names, in the order of the batch sizes, where not one serves all.
         threads: Its threads.
         latency: ``(p50, p95)`` for each of the report's batch sizes, in milliseconds.
     """
@@ -42,10 +42,10 @@ class Row:
 
 
 def table_rows(report: Report) -> list[Row]:
-    """Return a line for each stage and each further engine of it."""
+    """Return a line for each stage as it is served, and one for each engine that does not serve all batch sizes."""
     rows = []
     for stage in report.stages:
-        served = stage.engines[0] if stage.engines else None
+        served = [stage.latency_at(batch) for batch in report.batches]
         rows.append(
             Row(
                 stage.name,
@@ -54,10 +54,13 @@ def table_rows(report: Report) -> list[Row]:
                 as_count(stage.macs),
                 as_bytes(stage.bytes),
                 as_bytes(stage.peak_memory),
-                *_engine_cells(stage, served, report.batches),
+                *_engine_cells(served),
             )
         )
-        rows += [Row("", "", "", "", "", "", *_engine_cells(stage, name, report.batches)) for name in stage.engines[1:]]
+        for name in stage.engines:
+            alone = [stage.latency_at(batch, engine=name) for batch in report.batches]
+            if alone != served:
+                rows.append(Row("", "", "", "", "", "", *_engine_cells(alone)))
     return rows
 
 
@@ -124,8 +127,8 @@ def sensitivity_table(sensitivity: Sensitivity, *, num_rows: int = 5) -> Table:
     return table
 
 
-def _engine_cells(stage: Stage, engine: str | None, batches: list[int]) -> tuple[str, str, list[tuple[str, str]]]:
-    rows: list[LatencyRow | None] = [stage.latency_at(batch, engine=engine) for batch in batches]
+def _engine_cells(rows: list[LatencyRow | None]) -> tuple[str, str, list[tuple[str, str]]]:
+    engines = list(dict.fromkeys(row.engine for row in rows if row))
     threads = sorted({row.threads for row in rows if row})
     latency = [(as_ms(row.p50_ms), as_ms(row.p95_ms)) if row else (ABSENT, ABSENT) for row in rows]
-    return engine or ABSENT, ", ".join(map(str, threads)) or ABSENT, latency
+    return ", ".join(engines) or ABSENT, ", ".join(map(str, threads)) or ABSENT, latency

@@ -14,6 +14,7 @@ from compress.measure.latency import measure_latency
 from compress.measure.memory import peak_memory, peak_memory_of
 from compress.pipeline.rundir import RunDirectory
 from compress.runtime import CompactModel, load
+from compress.runtime.engines import READS
 from compress.surgery import Captured
 
 __all__ = ["BATCH_SIZES", "bench"]
@@ -43,10 +44,10 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
             "peak_memory": None if isinstance(network, Captured) else peak_memory_of(network, sample),
             "latency": [],
         }
-    file = served.manifest.targets[served.engine]
+    serving = {served.engine_for(batch) for batch in BATCH_SIZES}
     results["artifact"] = {
         **results["final"],
-        "bytes": file.bytes,
+        "bytes": sum(served.manifest.targets[name].bytes for name in {READS.get(name, name) for name in serving}),
         "artifact_bytes": sum(path.stat().st_size for path in run.artifact.iterdir()),
         "peak_memory": peak_memory("compress.runtime.loading:load_and_call", str(run.artifact), served.engine),
         "engine": served.engine,
@@ -58,8 +59,13 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
         for row in _latencies(plain, engines, _first(run, batch), seconds):
             stage = row.pop("stage")
             results[stage]["latency"].append({"batch": batch, **row})
-    results["artifact"]["latency"].sort(key=lambda row: (row["engine"] != served.engine, row["batch"]))
+    results["artifact"]["latency"] = _serving_first(results["artifact"]["latency"], served.engine_for)
     run.write_json("bench", results)
+
+
+def _serving_first(rows: list[dict[str, Any]], serves: Callable[[int], str]) -> list[dict[str, Any]]:
+    """Return rows in such an order that, of each batch size, what serves it comes first."""
+    return sorted(rows, key=lambda row: (row["engine"] != serves(row["batch"]), row["batch"]))
 
 
 def _first(run: RunDirectory, num: int) -> tuple[Tensor, ...]:

@@ -105,7 +105,7 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
     notes = [
         f"Test split measured once per stage, last-epoch weights, one seed ({recipe.seed}).",
         "Latency: all networks interleaved in one process; teacher to pruned in eager fp32.",
-        "Bytes: state_dict on disk for stages, the served engine's file for the artefact.",
+        "Bytes: state_dict on disk for stages, for the artefact the files that the serving engines load.",
         "Peak memory: growth of a fresh process that loads and runs it; for the artefact with its engine's library, "
         "for the other stages without torch's.",
     ]

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from compress.measure.table import report_table, table_rows
-from tests.measure.samples import sample_report
+from tests.measure.samples import rows, sample_report
 
 
 def printed(width: int) -> str:
@@ -16,20 +16,33 @@ def printed(width: int) -> str:
 
 
 def test_a_row_for_each_stage_and_each_further_engine() -> None:
-    rows = table_rows(sample_report())
-    assert [(row.stage, row.engine) for row in rows] == [
+    lines = table_rows(sample_report())
+    assert [(row.stage, row.engine) for row in lines] == [
         ("teacher", "eager"),
         ("pruned", "eager"),
         ("int8 artefact", "aoti"),
         ("", "onnxruntime"),
     ]
-    assert rows[0].latency == [("8.00", "9.60"), ("90.0", "99.0")]
-    assert (rows[2].metric, rows[2].bytes, rows[2].peak_memory, rows[2].threads) == (
+    assert lines[0].latency == [("8.00", "9.60"), ("90.0", "99.0")]
+    assert (lines[2].metric, lines[2].bytes, lines[2].peak_memory, lines[2].threads) == (
         "97.25 %",
         "100 kB",
         "\N{EN DASH}",
         "2",
     )
+
+
+def test_engines_that_share_the_batch_sizes_are_named_as_they_serve() -> None:
+    report = sample_report()
+    aoti, ort = rows("aoti", 0.5, 9.0), rows("onnxruntime", 0.7, 6.0)
+    report.stages[-1].latency = [aoti[0], ort[1], aoti[1], ort[0]]
+    served, *alone = table_rows(report)[2:]
+    assert (served.stage, served.engine, served.threads) == ("int8 artefact", "aoti, onnxruntime", "2")
+    assert served.latency == [("0.500", "0.600"), ("6.00", "6.60")]
+    assert [(row.engine, row.latency) for row in alone] == [
+        ("aoti", [("0.500", "0.600"), ("9.00", "9.90")]),
+        ("onnxruntime", [("0.700", "0.840"), ("6.00", "6.60")]),
+    ]
 
 
 @pytest.mark.parametrize("width", [80, 120])
