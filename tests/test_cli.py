@@ -191,6 +191,30 @@ def test_engines_are_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> N
     assert (code, "expected an artefact beside --threads, got run. Give run/artifact" in err) == (2, True)
 
 
+def test_rows_of_a_table_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:
+    network, x = artifact_of_a_run()
+    np.savetxt("x.csv", x.numpy(), delimiter=",", header="a,b,c,d", comments="")
+    np.save("x.npy", x.numpy())
+    with torch.no_grad():
+        wanted = network(x).softmax(-1).sort(descending=True)
+    assert call(capsys, "predict", "run", "x.csv", "--top-k", "2", "--json", "rows.json")[:2] == (0, "")
+    rows = json.loads(Path("rows.json").read_text())
+    assert [row["input"] for row in rows] == [str(index) for index in range(9)]
+    assert [[int(best["label"]) for best in row["top"]] for row in rows] == wanted.indices[:, :2].tolist()
+    assert [row["probability"] for row in rows] == pytest.approx(wanted.values[:, 0].tolist(), abs=1e-5)
+    code, out, _ = call(capsys, "predict", "run", "x.npy", "--top_k", "2")
+    assert code == 0
+    assert all(f"{best['probability']:.3f}" in out for row in rows for best in row["top"])
+    for words, message in [
+        (["x.csv", "--top_k", "4"], "--top_k: expected 1 to 3, the number of classes, got 4"),
+        (["x.csv", "--resize"], "--resize: expected an image or a folder of images, got x.csv"),
+        (["none.csv"], "none.csv: expected a file or a folder, got none"),
+        (["x.csv", "--json", "run"], "--json: expected a file in a folder that can be written, got run"),
+    ]:
+        code, _, err = call(capsys, "predict", "run", *words)
+        assert (code, message in err) == (2, True), err
+
+
 def test_a_target_is_added_to_an_artefact(capsys: pytest.CaptureFixture[str]) -> None:
     from compress.runtime import load
 

@@ -6,10 +6,11 @@ import argparse
 import json
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from compress.cli.common import check_writable, no_more, quiet, write_text
 from compress.cli.steps import step
@@ -94,19 +95,28 @@ def convert(options: argparse.Namespace, rest: list[str], console: Console) -> N
 
 
 def predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
-    """Predict labels for raw inputs."""
+    """Predict labels for what is in files."""
     from compress.runtime import load
+    from compress.runtime.samples import best_classes, read_samples
 
     no_more("predict", rest)
+    check_writable("--json", options.json)
     model = load(_artifact(options.path), engine=options.engine, trust=options.trust)
-    labels, probabilities = model.predict(_array(options.inputs))
-    rows = [{"label": str(label), "probability": float(p.max())} for label, p in zip(labels, probabilities)]
-    if options.output:
-        write_text(options.output, json.dumps(rows, indent=1))
+    found: list[dict[str, Any]] = []
+    for names, values in read_samples(options.inputs, model.manifest, resize=options.resize):
+        probabilities = model.predict(values)[1]
+        for name, row, classes in zip(names, probabilities, best_classes(probabilities, options.top_k)):
+            labels = model.manifest.labels or range(len(row))
+            best = [{"label": str(labels[index]), "probability": float(row[index])} for index in classes]
+            found.append({"input": name, **best[0]} | ({"top": best} if options.top_k > 1 else {}))
+    if options.json:
+        write_text(options.json, json.dumps(found, indent=1))
         return
     table = Table("input", "label", "probability")
-    for index, row in enumerate(rows):
-        table.add_row(str(index), str(row["label"]), f"{row['probability']:.3f}")
+    for entry in found:
+        for rank, best in enumerate(entry.get("top", [entry])):
+            cells = [entry["input"] if rank == 0 else "", best["label"], f"{best['probability']:.3f}"]
+            table.add_row(*map(Text, cells), end_section=rank + 1 == options.top_k > 1)
     console.print(table)
 
 

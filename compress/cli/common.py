@@ -40,7 +40,7 @@ def check_writable(option: str, file: str | None) -> None:
     if file is None:
         return
     path = Path(file)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+    if (path.exists() and not path.is_file()) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RunError(f"{option}: expected a file in a folder that can be written, got {file}. Make the folder.")
 
 

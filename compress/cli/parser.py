@@ -21,7 +21,7 @@ examples:
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
   compress convert ARTIFACT --target openvino            add a target from the artefact's portable program
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
-  compress predict ARTIFACT images.npy                   labels and probabilities for raw inputs
+  compress predict ARTIFACT photos/ --top_k 3            labels and probabilities for a folder of images
 """
 
 
@@ -115,11 +115,19 @@ def make_parser() -> argparse.ArgumentParser:
     entry.add_argument("--trust", action="store_true", help="load the program though it was built elsewhere")
     text = "what to compare on, an array for each input as the network takes it (default: random values)"
     entry.add_argument("--inputs", nargs="+", metavar="FILE.npy", help=text)
-    entry = command("predict", predict, "predict labels for raw inputs")
+    entry = command(
+        "predict",
+        predict,
+        "predict labels for images, tables or arrays",
+        epilog="Values go through the manifest's preprocessing, where it has one. An image becomes grey or RGB, as the "
+        "input has channels. A .csv file has a line of numbers for each sample; its first line may name the columns.",
+    )
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
-    entry.add_argument("inputs", metavar="INPUTS.npy", help="array of raw inputs, one a row")
+    entry.add_argument("inputs", metavar="INPUTS", help="image, folder of images, .csv, or .npy with a sample in a row")
+    entry.add_argument("--top_k", "--top-k", type=int, default=1, metavar="K", help="show the K best labels (1)")
+    entry.add_argument("--resize", action="store_true", help="bring images to the input's size; else that is an error")
     entry.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
-    entry.add_argument("--output", metavar="FILE", help="write JSON there instead of a table here")
+    entry.add_argument("--json", "--output", metavar="FILE", help="write JSON there instead of a table here")
     entry.add_argument("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
     command("recipes", recipes, "list the shipped recipes")
     return parser

@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from compress.runtime.loading import load
     from compress.runtime.manifest import Manifest, Target, read_manifest
     from compress.runtime.model import CompactModel
+    from compress.runtime.samples import read_samples
 
-__all__ = ["CompactModel", "Manifest", "Target", "load", "read_manifest"]
+__all__ = ["CompactModel", "Manifest", "Target", "load", "read_manifest", "read_samples"]
 
 _HOME = {
     "CompactModel": "compress.runtime.model",
@@ -17,6 +18,7 @@ _HOME = {
     "Target": "compress.runtime.manifest",
     "load": "compress.runtime.loading",
     "read_manifest": "compress.runtime.manifest",
+    "read_samples": "compress.runtime.samples",
 }
 
 

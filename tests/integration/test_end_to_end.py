@@ -132,7 +132,7 @@ def test_predict_and_bench_on_the_command_line(run: Path, tmp_path: Path, capsys
     assert compress.cli.main(words) == 0
     rows = json.loads((tmp_path / "out.json").read_text())
     assert len(rows) == 5
-    assert set(rows[0]) == {"label", "probability"}
+    assert set(rows[0]) == {"input", "label", "probability"}
     capsys.readouterr()
     words = ["bench", str(run / "artifact"), "--seconds", "0.05", "--threads", "1"]
     assert compress.cli.main([*words, "--plot", str(tmp_path / "bench.png")]) == 0

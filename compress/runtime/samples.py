@@ -1,0 +1,228 @@
+"""Samples as users have them, in batches that a model's ``predict`` takes: arrays, images, tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Iterator, Mapping
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from compress.errors import ArtifactError, DataError, MissingPackageError
+from compress.runtime.manifest import Manifest, TensorSpec
+
+__all__ = ["Batch", "best_classes", "read_samples"]
+
+_BATCH = 32
+_MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+_IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_FARTHEST = 20.0  # where training images are near 0 with a spread of 1, white is not beyond this
+
+
+class Batch(NamedTuple):
+    """Some samples.
+
+    Args:
+        names: What to call each.
+        values: Raw values, shape (N, ...).
+    """
+
+    names: list[str]
+    values: np.ndarray
+
+
+def read_samples(path: str | Path, manifest: Manifest, *, resize: bool = False) -> Iterator[Batch]:
+    """Read samples in batches of up to 32.
+
+    Args:
+        path: A ``.npy`` file with a sample in each row; a ``.csv`` file with a line of numbers for each, whose first
+            line may name the columns; an image; or a folder, with all images in it and in folders within.
+        manifest: Of the artefact that is to predict them.
+        resize: Bring images to the size of the input; otherwise another size is an error.
+
+    Raises:
+        DataError: when a file cannot be read, or holds what the input does not take.
+        ArtifactError: when the artefact does not say how such samples become inputs.
+        MissingPackageError: when Pillow is needed and not installed.
+    """
+    path = Path(path)
+    if resize and not (path.is_dir() or path.suffix.lower() in _IMAGES):
+        raise DataError(f"--resize: expected an image or a folder of images, got {path}. Leave it out.")
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in _IMAGES and file.name[0] != ".")
+        if not files:
+            raise DataError(f"{path}: expected a folder with images ({', '.join(_IMAGES)}), got none. Give another.")
+        return _images(files, [str(file.relative_to(path)) for file in files], manifest, resize=resize)
+    if not path.is_file():
+        raise DataError(f"{path}: expected a file or a folder, got none. Give a path that exists.")
+    if path.suffix.lower() in _IMAGES:
+        return _images([path], [path.name], manifest, resize=resize)
+    if path.suffix.lower() not in _READERS:
+        kinds = ", ".join([".npy", ".csv", *_IMAGES])
+        raise DataError(f"{path}: expected one of {kinds}, or a folder of images, got another kind. Convert it.")
+    return _READERS[path.suffix.lower()](path, manifest)
+
+
+def best_classes(probabilities: np.ndarray, num: int) -> np.ndarray:
+    """Return the most probable classes of each sample, the best first.
+
+    Args:
+        probabilities: Shape (N, classes).
+        num: How many.
+
+    Returns:
+        Shape (N, num).
+
+    Raises:
+        DataError: when there are not so many classes.
+
+    Example:
+        >>> best_classes(np.array([[0.1, 0.6, 0.3]]), 2).tolist()
+        [[1, 2]]
+    """
+    if not 1 <= num <= probabilities.shape[-1]:
+        raise DataError(f"--top_k: expected 1 to {probabilities.shape[-1]}, the number of classes, got {num}.")
+    return np.argsort(-probabilities, axis=-1, kind="stable")[:, :num]
+
+
+def _input(manifest: Manifest) -> TensorSpec:
+    """Return the only input."""
+    if len(manifest.inputs) != 1:
+        names = ", ".join(spec.name for spec in manifest.inputs)
+        raise ArtifactError(
+            f"{manifest.name}: expected an artefact with one input, got {len(manifest.inputs)} ({names}). "
+            "Call it from Python, with an array for each."
+        )
+    return manifest.inputs[0]
+
+
+def _array(path: Path, manifest: Manifest) -> Iterator[Batch]:
+    _input(manifest)
+    try:
+        array = np.load(path, allow_pickle=False, mmap_mode="r")
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected an array saved by numpy.save, got {error}. Save one.") from error
+    if array.ndim == 0 or len(array) == 0:
+        raise DataError(f"{path}: expected a sample in each row, got an array of shape {array.shape}. Save some.")
+    return _cut(array)
+
+
+def _table(path: Path, manifest: Manifest) -> Iterator[Batch]:
+    spec = _input(manifest)
+    sizes = spec.shape[1:]
+    if sum(size != 1 for size in sizes) > 1:
+        raise ArtifactError(
+            f"{path}: expected an artefact whose samples are rows of numbers, got an input of shape {_shape(spec)}. "
+            "Save an array as .npy."
+        )
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = [(number, cells) for number, cells in enumerate(csv.reader(file), 1) if any(map(str.strip, cells))]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: expected text, got {error}. Save it as UTF-8, with commas.") from error
+    if lines and not any(map(_is_number, lines[0][1])):
+        del lines[0]  # names of columns
+    if not lines:
+        raise DataError(f"{path}: expected a line of numbers for each sample, got none. Write one for each.")
+    width = len(lines[0][1]) if None in sizes else prod(size or 1 for size in sizes)
+    for number, cells in lines:
+        wrong = next((cell for cell in cells if not _is_number(cell)), None)
+        if wrong is not None:
+            raise DataError(f"{path}, line {number}: expected numbers between commas, got {wrong!r}. Correct it.")
+        if len(cells) != width:
+            raise DataError(f"{path}, line {number}: expected {width} numbers, got {len(cells)}. Cut or fill it.")
+    values = np.array([[float(cell) for cell in cells] for _, cells in lines])
+    return _cut(values.reshape(len(lines), *(width if size is None else size for size in sizes)))
+
+
+def _text(path: Path, manifest: Manifest) -> Iterator[Batch]:
+    raise ArtifactError(
+        f"{path}: expected an artefact that holds a tokenizer, got none. Call it from Python with the tokens."
+    )
+
+
+_READERS: Mapping[str, Callable[[Path, Manifest], Iterator[Batch]]] = {".npy": _array, ".csv": _table, ".txt": _text}
+
+
+def _cut(array: np.ndarray) -> Iterator[Batch]:
+    for start in range(0, len(array), _BATCH):
+        values = np.asarray(array[start : start + _BATCH])
+        yield Batch([str(start + index) for index in range(len(values))], values)
+
+
+def _images(files: list[Path], names: list[str], manifest: Manifest, *, resize: bool) -> Iterator[Batch]:
+    spec = _input(manifest)
+    if len(spec.shape) != 4 or spec.shape[1] not in _MODES:
+        raise ArtifactError(
+            f"{manifest.name}: expected an input of shape (N, 1 or 3, H, W) for images, got {_shape(spec)}. "
+            "Save an array as .npy."
+        )
+    _check_range(manifest)
+    return _read_images(files, names, spec, resize=resize)
+
+
+def _read_images(files: list[Path], names: list[str], spec: TensorSpec, *, resize: bool) -> Iterator[Batch]:
+    for start in range(0, len(files), _BATCH):
+        some = files[start : start + _BATCH]
+        images = [_image(file, spec, resize=resize) for file in some]
+        other = next((i for i, image in enumerate(images) if image.shape != images[0].shape), None)
+        if other is not None:  # where the input takes any size
+            got = "{}\N{MULTIPLICATION SIGN}{}".format(*images[other].shape[:0:-1])
+            raise DataError(f"{some[other]}: expected the size of the image before, got {got}. Give one at a time.")
+        yield Batch(names[start : start + _BATCH], np.stack(images))
+
+
+def _image(file: Path, spec: TensorSpec, *, resize: bool) -> np.ndarray:
+    """Return an image as uint8, shape (C, H, W), upright."""
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise MissingPackageError("Pillow", "all") from error
+    channels, height, width = spec.shape[1:]
+    try:
+        with Image.open(file) as opened:
+            if opened.mode[0] in "IF":  # converted, all beyond 255 would become 255
+                raise DataError(f"{file}: expected 8 bits a channel, got mode {opened.mode}. Convert it.")
+            image = ImageOps.exif_transpose(opened).convert(_MODES[channels or 0])
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file}: expected an image, got {error}. Take it out, or save it again.") from error
+    wanted = (width or image.width, height or image.height)
+    if image.size != wanted and not resize:
+        sizes = ["{}\N{MULTIPLICATION SIGN}{}".format(*size) for size in (wanted, image.size)]
+        raise DataError(
+            f"{file}: expected {sizes[0]} pixels, got {sizes[1]}. Say --resize, or cut it as the training images were."
+        )
+    if image.size != wanted:
+        image = image.resize(wanted, Image.Resampling.BILINEAR)
+    return np.asarray(image).reshape(*image.size[::-1], -1).transpose(2, 0, 1)
+
+
+def _check_range(manifest: Manifest) -> None:
+    """Refuse images where preprocessing is made for other values than those of pixels."""
+    steps: Mapping[str, Any] = manifest.preprocessing or {}
+    if not steps:
+        raise ArtifactError(
+            f"{manifest.name}: expected preprocessing in the manifest, by which pixels become inputs, got none. "
+            "Save an array of inputs as .npy."
+        )
+    white = (255 * float(steps["scale"]) - np.array(steps["mean"], float)) / np.array(steps["std"], float)
+    if np.abs(white).max() > _FARTHEST:
+        raise ArtifactError(
+            f"{manifest.name}: expected preprocessing for pixels from 0 to 255, got one that makes "
+            f"{np.abs(white).max():.0f} of 255. Save an array of values as they were in training as .npy."
+        )
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return isfinite(float(cell))
+    except ValueError:
+        return False
+
+
+def _shape(spec: TensorSpec) -> str:
+    return "(" + ", ".join(["N", *("any" if size is None else str(size) for size in spec.shape[1:])]) + ")"
