@@ -17,6 +17,7 @@ __all__ = ["BUCKETS", "OnCUDA", "bucket_of"]
 BUCKETS = (1, 2, 4, 8, 16, 32)
 """Batch sizes that are captured as graphs: below, starting kernels takes longer than running them."""
 
+_MOST_GRAPHS = 32  # each keeps its inputs, outputs and what lies between; where lengths vary there is no end of them
 _WARMUPS = 3  # libraries choose and allocate in the first calls, which cannot be captured
 
 
@@ -32,8 +33,9 @@ class OnCUDA:
 
     A batch of up to 32 samples is copied into the inputs of the graph of the smallest size that holds it, whose other
     samples are whatever was there; samples do not see each other, so nothing changes. Larger batches, and those whose
-    graphs cannot be captured, run kernel by kernel. All calls take turns on a stream of their own, ordered after the
-    caller's stream and before what the caller does next; the host waits only for outputs on the CPU.
+    graphs cannot be captured or would be one too many, run kernel by kernel. All calls take turns on a stream of their
+    own, ordered after the caller's stream and before what the caller does next; the host waits only for outputs on the
+    CPU.
 
     Args:
         run: From a list of tensors on the GPU, contiguous, to a list of outputs there; a row for each sample.
@@ -91,7 +93,7 @@ class OnCUDA:
 
     def _graph(self, inputs: Sequence[Tensor], bucket: int) -> _Graph | None:
         key = tuple((bucket, *value.shape[1:]) for value in inputs)
-        if key not in self._graphs:
+        if key not in self._graphs and len(self._graphs) < _MOST_GRAPHS:
             places = [
                 self._torch.zeros(shape, dtype=value.dtype, device=self._device) for shape, value in zip(key, inputs)
             ]
@@ -101,7 +103,7 @@ class OnCUDA:
                 self._graphs[key] = self._capture(places)
             except RuntimeError:  # something in it needs the host
                 self._graphs[key] = None
-        return self._graphs[key]
+        return self._graphs.get(key)
 
     def _capture(self, places: list[Tensor]) -> _Graph:
         torch = self._torch
