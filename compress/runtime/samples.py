@@ -12,6 +12,7 @@ import numpy as np
 
 from compress.errors import ArtifactError, DataError, MissingPackageError
 from compress.runtime.manifest import Manifest, TensorSpec
+from compress.runtime.sizes import described
 
 __all__ = ["Batch", "best_classes", "read_samples"]
 
@@ -116,7 +117,7 @@ def _table(path: Path, manifest: Manifest) -> Iterator[Batch]:
     sizes = spec.shape[1:]
     if sum(size != 1 for size in sizes) > 1:
         raise ArtifactError(
-            f"{path}: expected an artefact whose samples are rows of numbers, got an input of shape {_shape(spec)}. "
+            f"{path}: expected an artefact whose samples are rows of numbers, got an input of shape {described(spec)}. "
             "Save an array as .npy."
         )
     try:
@@ -158,7 +159,7 @@ def _images(files: list[Path], names: list[str], manifest: Manifest, *, resize: 
     spec = _input(manifest)
     if len(spec.shape) != 4 or spec.shape[1] not in _MODES:
         raise ArtifactError(
-            f"{manifest.name}: expected an input of shape (N, 1 or 3, H, W) for images, got {_shape(spec)}. "
+            f"{manifest.name}: expected an input of shape (N, 1 or 3, H, W) for images, got {described(spec)}. "
             "Save an array as .npy."
         )
     _check_range(manifest)
@@ -222,7 +223,3 @@ def _is_number(cell: str) -> bool:
         return isfinite(float(cell))
     except ValueError:
         return False
-
-
-def _shape(spec: TensorSpec) -> str:
-    return "(" + ", ".join(["N", *("any" if size is None else str(size) for size in spec.shape[1:])]) + ")"
