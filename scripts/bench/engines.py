@@ -132,6 +132,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.scatter(relative, places, color="black" if own else colours(index % 20), label=engine, **style)
     axis.set_yticks(range(len(times)), list(times))
     axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("p50 latency / that of the fastest in the row")
     axis.invert_yaxis()
     axis.grid(alpha=0.3)
