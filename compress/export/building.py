@@ -88,9 +88,14 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     target = import_module(TARGETS[engine])
     path = folder / target.FILE
     census = with_macs(target.build(job.program, path), job.work)
-    judge = _load(engine, getattr(target, "CHECKED_BY", engine), path)
-    parity = check_parity(judge, job.wanted, job.inputs, job.others)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
+    try:
+        judge = _load(engine, getattr(target, "CHECKED_BY", engine), path)
+    except ExportSkippedError:
+        for file in (path, *parts):
+            file.unlink(missing_ok=True)
+        raise
+    parity = check_parity(judge, job.wanted, job.inputs, job.others)
     entry = Target(
         file=target.FILE,
         bytes=sum(file.stat().st_size for file in (path, *parts)),

@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from compress.errors import ExportSkippedError
+from compress.errors import CaptureError, ExportSkippedError
 from compress.export.graph import rewritten
 
 __all__ = ["in_precision"]
@@ -25,8 +25,7 @@ def in_precision(program: ExportedProgram, dtype: torch.dtype) -> ExportedProgra
         dtype: ``torch.bfloat16`` or ``torch.float16``; with ``torch.float32`` the program is returned as it is.
 
     Raises:
-        ExportSkippedError: when the program is quantised.
-        CaptureError: when the program cannot be captured in that precision.
+        ExportSkippedError: when the program is quantised, or cannot be captured in that precision.
 
     Example:
         >>> program = torch.export.export(nn.Linear(2, 2), (torch.ones(3, 2),))
@@ -41,26 +40,49 @@ def in_precision(program: ExportedProgram, dtype: torch.dtype) -> ExportedProgra
         )
     if dtype == torch.float32:
         return program
-    return rewritten(program, lambda graph_module: _halve(graph_module, dtype))
+    try:
+        return rewritten(program, lambda graph_module: _halve(graph_module, dtype))
+    except CaptureError as error:
+        raise ExportSkippedError(
+            f"{str(dtype).removeprefix('torch.')}: expected a network that can be computed in it, got one that cannot: "
+            f"{error} Leave out the target."
+        ) from error
 
 
 def _halve(graph_module: GraphModule, dtype: torch.dtype) -> int:
     changed = _halve_tensors(graph_module, dtype)
     for node in list(graph_module.graph.nodes):
-        if node.op == "call_function":
-            changed += _halve_arguments(node, dtype)
+        if node.op == "call_function" and _halve_arguments(node, dtype):
+            changed += 1
+        elif node.op == "call_function" and _begins_floats(node):
+            changed += _cast(graph_module, node, dtype)
     # After the arguments: these casts are to float32 on purpose.
     for node in list(graph_module.graph.nodes):
         value = node.meta.get("val")
         if node.op == "placeholder" and isinstance(value, torch.Tensor) and value.dtype == torch.float32:
-            with graph_module.graph.inserting_after(node):
-                cast = graph_module.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
-            node.replace_all_uses_with(cast, delete_user_cb=lambda user, cast=cast: user is not cast)
-            changed += 1
+            changed += _cast(graph_module, node, dtype)
         elif node.op == "output":
             with graph_module.graph.inserting_before(node):
                 node.args = torch.fx.map_arg(node.args, lambda given: _as_before(graph_module, given))
     return changed
+
+
+def _begins_floats(node: Node) -> bool:
+    """Say whether a node makes float32 of what is not, as zeros and the quotient of integers."""
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
+        return False
+    # Weights and constants bring no value along.
+    given = [other.meta.get("val") for other in node.all_input_nodes]
+    read = any(other.op == "get_attr" for other in node.all_input_nodes)
+    return not read and not any(isinstance(each, torch.Tensor) and each.is_floating_point() for each in given)
+
+
+def _cast(graph_module: GraphModule, node: Node, dtype: torch.dtype) -> int:
+    with graph_module.graph.inserting_after(node):
+        cast = graph_module.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+    return 1
 
 
 def _as_before(graph_module: GraphModule, given: Node) -> Node:
@@ -85,7 +107,7 @@ def _halve_tensors(graph_module: GraphModule, dtype: torch.dtype) -> int:
     return changed
 
 
-def _halve_arguments(node: Node, dtype: torch.dtype) -> int:
+def _halve_arguments(node: Node, dtype: torch.dtype) -> bool:
     limits = torch.finfo(dtype)
 
     def halved(value: Any) -> Any:
@@ -98,7 +120,7 @@ def _halve_arguments(node: Node, dtype: torch.dtype) -> int:
     args, kwargs = torch.utils._pytree.tree_map(halved, (node.args, dict(node.kwargs)))
     same = (args, kwargs) == (node.args, dict(node.kwargs))
     node.args, node.kwargs = args, kwargs
-    return int(not same)
+    return not same
 
 
 def _clamped(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -9,7 +9,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "describe_machine", "has_bf16", "has_cuda", "has_vnni", "versions"]
+__all__ = ["cpu_flags", "describe_machine", "gpus", "has_bf16", "has_cuda", "has_vnni", "versions"]
 
 _PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "executorch"]
 _PACKAGES += ["numpy"]
@@ -63,6 +63,14 @@ def has_cuda() -> bool:
     except OSError:
         return False
     return True
+
+
+def gpus() -> list[str]:
+    """Return the names of NVIDIA's GPUs as Linux has them, and what ``CUDA_VISIBLE_DEVICES`` says of them."""
+    folder = Path("/proc/driver/nvidia/gpus")
+    found = sorted(folder.glob("*/information")) if folder.is_dir() else []
+    names = [line.partition(":")[2].strip() for file in found for line in file.read_text().splitlines()[:1]]
+    return [*names, os.environ.get("CUDA_VISIBLE_DEVICES", "")]
 
 
 def _cpuinfo(key: str) -> str:

@@ -17,12 +17,14 @@ from compress.measure.results import Bits
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_bits
+from compress.quantize.schemes import get_scheme
 from compress.quantize.sensitivity import BITS, measure_bits, num_weights
 
 __all__ = ["measure_layers", "read_bits", "schemes_of"]
 
 _NAME = "bits"
 _LAYERS = "layers"
+_ALIKE = ("activation_bits", "number", "symmetric", "dynamic", "group_size", "linear_only")
 
 
 def measure_layers(
@@ -80,7 +82,9 @@ def measure_layers(
         run.console.print(f"picture: {path}", soft_wrap=True)
     for layer, num in result.chosen.items():
         run.console.print(f"{layer}: {num} bits", soft_wrap=True, markup=False)
-    if result.chosen:
+    if result.chosen and not _is_plain(run):
+        run.console.print(f"{_LAYERS}.json: written for quantize.scheme int8 and those of few weight bits alone")
+    elif result.chosen:
         run.write_json(_LAYERS, schemes_of(result.chosen))
         path = run.path / f"{_LAYERS}.json"
         run.console.print(f'to train with them: --quantize.layers "$(cat {path})"', soft_wrap=True, markup=False)
@@ -94,6 +98,15 @@ def schemes_of(bits: Mapping[str, int]) -> dict[str, str]:
         {'stem': 'int8', 'fc': 'w4a8'}
     """
     return {layer: "int8" if num == 8 else f"w{num}a8" for layer, num in bits.items()}
+
+
+def _is_plain(run: RunDirectory) -> bool:
+    """Say whether the recipe's scheme is like those that are written, but for the bits of weights."""
+    callback = run.recipe.quantize
+    if callback is None:
+        return True
+    own, plain = callback.assignment.scheme, get_scheme("int8")
+    return all(getattr(own, key) == getattr(plain, key) for key in _ALIKE)
 
 
 def read_bits(run: RunDirectory) -> Bits | None:

@@ -14,6 +14,7 @@ from compress.data import KeyedDataModule
 from compress.distill import Distiller, read_batch
 from compress.errors import CompressError, DataError, RecipeError
 from compress.quantize import prepare, rehearse_improvements
+from compress.quantize.progressive import quantizers
 from compress.recipe import Recipe
 from compress.surgery.capture import export_program
 
@@ -57,7 +58,9 @@ def preflight(recipe: Recipe) -> None:
         recipe.sparsify.rehearse(student)
     if recipe.quantize is not None:
         rehearse_improvements(copy.deepcopy(student), inputs, recipe.quantize.improve)
-        prepare(student, inputs, recipe.quantize.assignment)
+        prepared = prepare(student, inputs, recipe.quantize.assignment)
+        if recipe.quantize.progressive is not None:
+            quantizers(prepared, recipe.quantize.progressive.order)
 
 
 def _two_samples(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

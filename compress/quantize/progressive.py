@@ -64,6 +64,12 @@ class Stages:
                 "Write [0.5, 0.6, 0.75], say."
             )
 
+        if self.order and len(self.bits) < 2:
+            raise RecipeError(
+                "quantize.progressive.order: expected two stages at least, between which layers change, got one. "
+                "Write bits: [8, 4] and at: [0.5, 0.75], say."
+            )
+
     def bits_at(self, progress: float, place: int | None = None) -> int:
         """Return the bits in force.
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.errors import ArtifactError, CompressError, EngineError
-from compress.measure.machine import describe_machine, has_cuda
+from compress.measure.machine import describe_machine, gpus, has_cuda
 from compress.runtime.dispatch import BUCKETS, Times, choose, measure
 from compress.runtime.engines import (
     ENGINES,
@@ -72,7 +72,10 @@ def load(
         wanted = [engine]
 
     def make(name: str, threads: int | None = num_threads) -> Engine:
-        return make_engine(name, files[READS.get(name, name)], num_threads=threads)
+        engine = make_engine(name, files[READS.get(name, name)], num_threads=threads)
+        if device_of(name) == "cuda":  # a GPU may take a file and not run it
+            example_call(engine, manifest, 1)()
+        return engine
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
@@ -85,7 +88,7 @@ def load(
     if loaded and engine == "auto":  # nobody has asked for what has no target of its own
         reasons = {name: reason for name, reason in reasons.items() if name not in READS}
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    if not loaded and device == "cuda":
+    if not loaded and device == "cuda" and engine == "auto":
         warnings.warn(
             f"device: expected an engine on a GPU, got none ({why or 'no GPU'}); the CPU serves", stacklevel=2
         )
@@ -165,7 +168,14 @@ class _Memory:
     """Remembers how fast the engines of an artefact are on this machine, in the user's cache folder."""
 
     def __init__(self, directory: Path, usable: Sequence[str], num_threads: int | None) -> None:
-        what = [(directory / "manifest.json").read_text(), list(usable), num_threads, describe_machine(), BUCKETS]
+        what = [
+            (directory / "manifest.json").read_text(),
+            list(usable),
+            num_threads,
+            describe_machine(),
+            gpus(),
+            BUCKETS,
+        ]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
         cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress"))
         self._file = cache / "engines" / f"{key}.json"

@@ -45,8 +45,9 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
     if "cuda" in requires:
         if not has_cuda():
             return "there is no GPU that CUDA sees"
-        if find_spec("torch") and _compute_capability() != requires["cuda"]:
-            return f"built for compute capability {requires['cuda']}, this is {_compute_capability()}"
+        found = _compute_capability() if find_spec("torch") else requires["cuda"]
+        if found != requires["cuda"]:
+            return f"built for compute capability {requires['cuda']}, this is {found}"
     flags = cpu_flags()
     missing = sorted(set(requires.get("flags", [])) - flags) if flags else []
     if missing:
@@ -65,6 +66,7 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
 def _compute_capability() -> str:
     import torch
 
-    if not torch.cuda.is_available():
+    try:
+        return "{}.{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "none"
+    except RuntimeError:  # a GPU that cannot be used
         return "none"
-    return "{}.{}".format(*torch.cuda.get_device_capability())

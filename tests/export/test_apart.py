@@ -24,6 +24,11 @@ def test_what_loads_is_fine(package: Path) -> None:
     assert why_not_loaded("aoti", package) is None
 
 
+def test_what_does_not_run_is_told(package: Path) -> None:
+    assert why_not_loaded("aoti", package, [torch.ones(4, 3)]) is None
+    assert why_not_loaded("aoti", package, [torch.ones(4, 3, dtype=torch.int64)]) is not None
+
+
 def test_what_takes_too_long_is_given_up(package: Path) -> None:
     assert why_not_loaded("aoti", package, seconds=0.01) == "it takes more than 0.01 s"
 

@@ -147,6 +147,7 @@ def test_a_target_that_its_engine_does_not_load_is_skipped_and_said(
         )
     assert list(manifest.targets) == ["eager"]
     assert list(manifest.skipped) == ["onnxruntime"]
+    assert not (tmp_path / "a" / "model.onnx").exists()
 
 
 def test_the_manifest_is_plain_json_without_paths_of_this_machine() -> None:

@@ -95,6 +95,28 @@ def test_too_large_a_constant_becomes_the_largest() -> None:
     assert found[0].tolist() == [65504, -65504, torch.inf]
 
 
+class Made(nn.Module):
+    """Floats that no input and no weight gives: zeros, and the quotient of integers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        weights = mask / mask.sum(1, keepdim=True)
+        return self.fc(torch.zeros(x.shape[0], 4) + x) + self.fc(weights)
+
+
+@BOTH
+def test_floats_that_operators_begin_are_halved(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network, inputs = Made().eval(), [torch.randn(5, 4), torch.randint(1, 3, (5, 4))]
+    found = in_precision(export_program(network, inputs), dtype).module(check_guards=False)(*inputs)
+    wanted = network(*inputs)
+    assert found.dtype == torch.float32
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 10 * torch.finfo(dtype).eps
+
+
 def test_a_quantized_program_is_skipped() -> None:
     with pytest.raises(ExportSkippedError, match="bfloat16: expected a network in floats, got a quantised one"):
         in_precision(quantized().program, torch.bfloat16)

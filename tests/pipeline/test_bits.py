@@ -17,8 +17,9 @@ from compress.measure.bits import bits_svg
 from compress.measure.report import read_report, write_report
 from compress.measure.results import Bits
 from compress.pipeline import open_run
-from compress.pipeline.bits import read_bits
+from compress.pipeline.bits import _is_plain, read_bits
 from compress.pipeline.judging import judge, validation
+from compress.quantize import QuantizationAwareTraining
 from compress.quantize.sensitivity import num_weights, rounded
 from compress.recipe import build_recipe, find_recipe, parse_recipe
 from tests.measure.samples import sample_report
@@ -76,6 +77,14 @@ def test_what_was_shared_out_is_what_a_recipe_takes(measured: Path) -> None:
     assert callback is not None
     found = {pattern: scheme.weight_bits for pattern, scheme in callback.assignment.layers.items()}
     assert found == bits.chosen
+
+
+def test_layers_are_not_written_for_another_kind_of_scheme(measured: Path) -> None:
+    run = open_run(measured)
+    assert _is_plain(run)
+    for scheme, plain in (("w4a8", True), ("int8_portable", False), ("int8_weights", False)):
+        run.recipe.quantize = QuantizationAwareTraining(scheme)
+        assert _is_plain(run) == plain
 
 
 def test_what_was_stopped_goes_on(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

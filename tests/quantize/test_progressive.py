@@ -40,12 +40,13 @@ def test_bits_never_rise(bits: list[int], data: Any) -> None:
         ([8, 4], [0.5], "expected as many bits as times, got 2 and 1"),
         ([4, 8], [0.5, 0.6], "expected falling numbers from 16 to 2, got .4, 8."),
         ([32, 8], [0.5, 0.6], "expected falling numbers"),
+        ([4], [0.5], "order: expected two stages at least"),
         ([8, 4], [0.6, 0.5], "expected rising values in .0, 1., got .0.6, 0.5."),
     ],
 )
 def test_bad_stages(bits: list[int], at: list[float], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        Stages(bits, at)
+        Stages(bits, at, order=["*"])
 
 
 def network() -> nn.Module:

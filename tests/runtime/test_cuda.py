@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from torch.nn import functional as F
 
 from compress.errors import ArtifactError
 from compress.export import convert, export_artifact
 from compress.runtime import CompactModel, load
+from compress.runtime.engines.eager_cuda import mixes_samples
 from compress.runtime.engines.on_cuda import OnCUDA
 from compress.runtime.manifest import read_manifest
 from compress.runtime.trust import sign
@@ -87,7 +89,8 @@ def artifact(folder: Path, kind: str) -> Path:
         program = export_program(made, [value[:2] for value in inputs])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a target that is left out
-            export_artifact(program, path, targets=[*PORTABLE, *COMPILED], reference=made, held_out=inputs)
+            manifest = export_artifact(program, path, targets=[*PORTABLE, *COMPILED], reference=made, held_out=inputs)
+        assert set(manifest.skipped) <= set(COMPILED)
     return path
 
 
@@ -131,7 +134,36 @@ def test_graphs_serve_small_batches(folder: Path, engine: str) -> None:
     assert isinstance(runs, OnCUDA)
     captured = runs._graphs
     assert [sizes[0][0] for sizes in captured] == [1, 4, 32]
-    assert all(graph is not None for graph in captured.values())
+
+
+def test_what_cannot_be_captured_runs_and_harms_nobody() -> None:
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        return [inputs[0] * inputs[0].sum().item()]  # the host has to know the sum
+
+    engine = OnCUDA(run, fills=False)
+    x = torch.ones(4, 3, device="cuda")
+    for num in (4, 2, 3):
+        assert torch.equal(engine([x[:num]])[0], x[:num] * 3 * num)
+    assert not engine._graphs
+    torch.rand(3, device="cuda")  # outside of any capture
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    for _ in range(50):
+        engine([torch.ones(1000, 1000, device="cuda")])
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_allocated() < before + 20_000_000
+
+
+def test_ranges_of_a_batch_see_that_batch_alone() -> None:
+    class Ranged(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x / x.abs().amax()
+
+    module = export_program(Ranged(), [torch.ones(2, 3)]).module(check_guards=False)
+    assert isinstance(module, GraphModule)
+    engine = OnCUDA(lambda inputs: [module(*inputs)], fills=not mixes_samples(module))
+    engine([torch.full((4, 3), 1000.0)])
+    assert torch.equal(engine([torch.ones(3, 3)])[0], torch.ones(3, 3))
 
 
 @pytest.mark.parametrize("engine", ENGINES)

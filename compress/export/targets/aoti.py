@@ -29,7 +29,7 @@ from compress.export.targets import Census, ExportSkippedError
 from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
 
-__all__ = ["FILE", "build", "compile_package", "count_kernels", "requires"]
+__all__ = ["FILE", "build", "check_compiler", "compile_package", "count_kernels", "requires"]
 
 FILE = "model.aoti.pt2"
 
@@ -51,7 +51,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
         ExportSkippedError: when there is no C++ compiler, or this processor computes int8 kernels wrongly.
         ExportError: when the compiler fails.
     """
-    _check_compiler()
+    check_compiler()
     _register_weight_packing()
     # Else the number of threads of this machine is written into the code.
     found = compile_package(rewritten(program, _for_inductor), path, {"cpp.dynamic_threads": True})
@@ -125,7 +125,12 @@ def _settings() -> dict[str, Any]:
     return settings
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Make sure that there is a C++ compiler.
+
+    Raises:
+        ExportSkippedError: when there is none.
+    """
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

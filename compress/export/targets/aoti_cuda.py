@@ -16,7 +16,7 @@ from compress.export.apart import why_not_loaded
 from compress.export.graph import drop_assertions
 from compress.export.precision import in_precision
 from compress.export.targets import Census
-from compress.export.targets.aoti import compile_package
+from compress.export.targets.aoti import check_compiler, compile_package
 from compress.measure.machine import has_cuda
 from compress.runtime.requirements import cuda_requirements
 from compress.surgery.capture import export_program
@@ -45,6 +45,7 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census
         raise ExportSkippedError(
             "aoti_cuda: expected a GPU that CUDA sees, got none. Export on a machine with one, or leave the target out."
         )
+    check_compiler()
     from torch.export.passes import move_to_device_pass
 
     args, _ = program.example_inputs
@@ -55,7 +56,7 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census
     settings = {"force_layout_optimization": True}
     census = compile_package(move_to_device_pass(program, "cuda"), path, settings)
     # Seen with torch 2.11 on an H200: its loader crashes, whatever the network.
-    reason = why_not_loaded("aoti_cuda", path)
+    reason = why_not_loaded("aoti_cuda", path, few)
     if reason is not None:
         path.unlink()
         raise ExportSkippedError(

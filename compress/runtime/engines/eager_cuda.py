@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import MissingPackageError
 from compress.runtime.engines.eager import fold_constants
 from compress.runtime.engines.on_cuda import OnCUDA
 
-__all__ = ["PACKAGES", "make"]
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+__all__ = ["PACKAGES", "make", "mixes_samples"]
 
 PACKAGES = ("torch",)
 RUNS_CODE = True
 DEVICE = "cuda"
+
+_REDUCTIONS = [[name] for name in ("amax", "amin", "aminmax", "max", "mean", "min", "prod", "std", "sum", "var")]
 
 
 def make(path: Path, num_threads: int | None) -> OnCUDA:
@@ -31,4 +37,20 @@ def make(path: Path, num_threads: int | None) -> OnCUDA:
         outputs = module(*inputs)
         return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
-    return OnCUDA(run)
+    return OnCUDA(run, fills=not mixes_samples(module))
+
+
+def mixes_samples(graph_module: GraphModule) -> bool:
+    """Say whether a reduction may take in several samples, as the range of a whole batch does.
+
+    Args:
+        graph_module: Of ATen operators; a reduction without dimensions, or over the first, counts.
+    """
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or str(node.target).split(".")[1:2] not in _REDUCTIONS:
+            continue
+        dimensions = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
+        dimensions = dimensions if isinstance(dimensions, Sequence) else (dimensions,)
+        if not dimensions or 0 in dimensions or None in dimensions:
+            return True
+    return False

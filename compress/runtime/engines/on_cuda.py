@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ __all__ = ["BUCKETS", "OnCUDA", "bucket_of"]
 BUCKETS = (1, 2, 4, 8, 16, 32)
 """Batch sizes that are captured as graphs: below, starting kernels takes longer than running them."""
 
+_SETTINGS = Lock()  # torch's switches hold for the whole process
 _MOST_GRAPHS = 32  # each keeps its inputs, outputs and what lies between; where lengths vary there is no end of them
 _WARMUPS = 3  # libraries choose and allocate in the first calls, which cannot be captured
 
@@ -32,25 +34,28 @@ class OnCUDA:
     """Runs batches on the current GPU.
 
     A batch of up to 32 samples is copied into the inputs of the graph of the smallest size that holds it, whose other
-    samples are whatever was there; samples do not see each other, so nothing changes. Larger batches, and those whose
-    graphs cannot be captured or would be one too many, run kernel by kernel. All calls take turns on a stream of their
-    own, ordered after the caller's stream and before what the caller does next; the host waits only for outputs on the
-    CPU.
+    samples are whatever was there: where samples do not see each other, nothing changes. Larger batches, and those
+    whose graphs cannot be captured or would be one too many, run kernel by kernel. All calls take turns on a stream of
+    their own, ordered after the caller's stream and before what the caller does next; the host waits only for outputs
+    on the CPU.
 
     Args:
         run: From a list of tensors on the GPU, contiguous, to a list of outputs there; a row for each sample.
+        fills: Whether a batch may be filled up with other samples; without, each size has a graph of its own.
     """
 
     takes = "cuda"
 
-    def __init__(self, run: Callable[[list[Any]], Sequence[Any]]) -> None:
+    def __init__(self, run: Callable[[list[Any]], Sequence[Any]], *, fills: bool = True) -> None:
         import torch
 
         self._torch = torch
         self._run = run
         self._device = torch.device("cuda", torch.cuda.current_device())
         self._stream = torch.cuda.Stream(self._device)
-        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph | None] = {}
+        self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
+        self._fills = fills
+        self._captures = True
         self._pool: Any = None
         self._lock = Lock()
 
@@ -72,28 +77,34 @@ class OnCUDA:
                     self._stream.synchronize()
                     return outputs
             caller.wait_stream(self._stream)
+            if inputs[0].device != self._device:
+                outputs = [value.to(inputs[0].device) for value in outputs]
         for value in inputs:
             if value.is_cuda:
                 value.record_stream(self._stream)
         for value in outputs:
-            value.record_stream(caller)
+            if value.device == self._device:
+                value.record_stream(caller)
         return outputs
 
     def _on_stream(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         num = len(inputs[0])
         bucket = bucket_of(num)
+        if bucket and not self._fills:
+            bucket = num
         graph = self._graph(inputs, bucket) if bucket else None
         if graph is None:
             return list(self._exactly([value.detach().to(self._device, non_blocking=True) for value in inputs]))
+        alike = inputs[0].device.type == "cpu"  # then the host waits for the outputs, and with them for this
         for place, value in zip(graph.inputs, inputs):
-            place[:num].copy_(value, non_blocking=True)
+            place[:num].copy_(value, non_blocking=alike or value.is_cuda)
         graph.graph.replay()
         # The next call writes over the graph's own.
         return [value[:num].clone() for value in graph.outputs]
 
     def _graph(self, inputs: Sequence[Tensor], bucket: int) -> _Graph | None:
         key = tuple((bucket, *value.shape[1:]) for value in inputs)
-        if key not in self._graphs and len(self._graphs) < _MOST_GRAPHS:
+        if key not in self._graphs and self._captures and len(self._graphs) < _MOST_GRAPHS:
             places = [
                 self._torch.zeros(shape, dtype=value.dtype, device=self._device) for shape, value in zip(key, inputs)
             ]
@@ -102,25 +113,39 @@ class OnCUDA:
             try:
                 self._graphs[key] = self._capture(places)
             except RuntimeError:  # something in it needs the host
-                self._graphs[key] = None
+                self._stop_capturing()
         return self._graphs.get(key)
 
     def _capture(self, places: list[Tensor]) -> _Graph:
         torch = self._torch
         for _ in range(_WARMUPS):
-            self._exactly(places)
+            self._exactly(places, search=True)
         self._stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            outputs = list(self._exactly(places))
+            outputs = list(self._exactly(places, search=True))
         return _Graph(graph, places, outputs)
 
-    def _exactly(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        """Run in the precision that the program says: TF32 would be another, and convolutions take it by default."""
+    def _stop_capturing(self) -> None:
+        """Leave a capture that failed half-way, which torch does not do of itself, and begin no other."""
+        self._captures = False
+        if self._pool is not None:
+            with suppress(RuntimeError):
+                self._torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+        self._pool = None
+
+    def _exactly(self, inputs: list[Tensor], *, search: bool = False) -> Sequence[Tensor]:
+        """Run convolutions in the precision that the program says: by default they take TF32 for float32.
+
+        Args:
+            inputs: On the GPU.
+            search: Whether cuDNN may try its kernels and choose, once for each shape.
+        """
         cudnn = self._torch.backends.cudnn
-        with cudnn.flags(enabled=True, benchmark=True, deterministic=cudnn.deterministic, allow_tf32=False):
+        flags = {"enabled": True, "benchmark": search, "deterministic": cudnn.deterministic, "allow_tf32": False}
+        with _SETTINGS, cudnn.flags(**flags):
             return self._run([value.reshape(-1).view(value.shape) for value in inputs])
 
 

@@ -10,10 +10,15 @@ from compress.errors import EngineError, MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 from compress.runtime.manifest import TensorSpec
 
-__all__ = ["PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
+__all__ = ["CUDA", "PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
 
 PACKAGES = ("onnxruntime",)
 RUNS_CODE = False
+
+Provider = tuple[str, dict[str, str]]
+"""Name and options of what runs operators."""
+
+CUDA: Provider = ("CUDAExecutionProvider", {"use_tf32": "0"})  # float32 stays float32
 
 _DTYPES = {"tensor(float)": "float32", "tensor(double)": "float64"}  # the others are named as numpy names them
 
@@ -35,7 +40,7 @@ class ONNXRuntimeEngine:
 
     takes = "numpy"
 
-    def __init__(self, path: Path, num_threads: int | None, providers: Sequence[str] = ()) -> None:
+    def __init__(self, path: Path, num_threads: int | None, providers: Sequence[Provider] = ()) -> None:
         import onnxruntime
 
         self.threads = num_threads or int(describe_machine()["cores"])
@@ -67,13 +72,13 @@ def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
     return open_session(path, num_threads)
 
 
-def open_session(path: Path, num_threads: int | None, *providers: str) -> ONNXRuntimeEngine:
+def open_session(path: Path, num_threads: int | None, *providers: Provider) -> ONNXRuntimeEngine:
     """Open a session.
 
     Args:
         path: The ONNX file.
         num_threads: Threads of one call on the CPU.
-        providers: What runs its operators, before the CPU.
+        providers: What runs its operators, before the CPU: names and options.
 
     Raises:
         MissingPackageError: when onnxruntime is not installed.
@@ -83,13 +88,13 @@ def open_session(path: Path, num_threads: int | None, *providers: str) -> ONNXRu
         import onnxruntime
     except ImportError as error:
         raise MissingPackageError("onnxruntime", "all") from error
-    absent = [name for name in providers if name not in onnxruntime.get_available_providers()]
+    absent = [name for name, _ in providers if name not in onnxruntime.get_available_providers()]
     if absent:
         raise EngineError(
             f"onnxruntime: expected one with {', '.join(absent)}, got none. Install onnxruntime-gpu in its place."
         )
     engine = ONNXRuntimeEngine(path, num_threads, providers)
-    absent = [name for name in providers if name not in engine.providers]
+    absent = [name for name, _ in providers if name not in engine.providers]
     if absent:  # it goes on without them, and without a word
         raise EngineError(
             f"onnxruntime: expected {', '.join(absent)} to start, got {', '.join(engine.providers)} alone. Install the "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compress.runtime.engines.onnxruntime import PACKAGES, ONNXRuntimeEngine, open_session
+from compress.runtime.engines.onnxruntime import CUDA, PACKAGES, ONNXRuntimeEngine, open_session
 
 __all__ = ["PACKAGES", "make"]
 
@@ -13,5 +13,5 @@ DEVICE = "cuda"
 
 
 def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
-    """Open a session; operators that CUDA lacks run on the CPU."""
-    return open_session(path, num_threads, "CUDAExecutionProvider")
+    """Open a session on the first GPU that is visible; operators that CUDA lacks run on the CPU."""
+    return open_session(path, num_threads, CUDA)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from compress.runtime.engines.onnxruntime import PACKAGES, ONNXRuntimeEngine, open_session
+from compress.runtime.engines.onnxruntime import CUDA, PACKAGES, ONNXRuntimeEngine, open_session
+from compress.runtime.manifest import sha256
 
 __all__ = ["PACKAGES", "make"]
 
@@ -13,5 +15,14 @@ DEVICE = "cuda"
 
 
 def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
-    """Open a session; operators that TensorRT lacks run on CUDA, or on the CPU."""
-    return open_session(path, num_threads, "TensorrtExecutionProvider", "CUDAExecutionProvider")
+    """Open a session; operators that TensorRT lacks run on CUDA, or on the CPU.
+
+    TensorRT builds an engine in the first calls, which takes up to minutes; it is kept in the user's cache folder.
+    """
+    cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress")) / "tensorrt"
+    options = {
+        "trt_int8_enable": "1",
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(cache / sha256(path)[:32]),
+    }
+    return open_session(path, num_threads, ("TensorrtExecutionProvider", options), CUDA)

@@ -27,7 +27,7 @@ from compress.prune.allocation.sizes import Sizes
 from compress.prune.allocation.targets import Target
 from compress.prune.allocation.work import list_work
 from compress.prune.anatomy import Anatomy
-from compress.runtime.engines import make_engine
+from compress.runtime.engines import READS, make_engine
 from compress.surgery.capture import export_program
 
 __all__ = ["LatencyCost", "network_call"]
@@ -185,7 +185,7 @@ class _Form:
     def call(self, target: Target) -> Callable[[], object]:
         """Build it for the target's engine, once."""
         if self._made is None:
-            builder = import_module(TARGETS[target.engine])
+            builder = import_module(TARGETS[READS.get(target.engine, target.engine)])
             with tempfile.TemporaryDirectory() as folder, torch_threads(target.threads):
                 path = Path(folder) / builder.FILE
                 builder.build(self._program, path)
