@@ -68,6 +68,7 @@ def report_table(report: Report) -> Table:
     """Return the table for the terminal.
 
     Example:
+        >>> from compress.measure.results import Stage
         >>> stage = Stage("teacher", {"accuracy": 0.97}, 10, 20, 30, None, [LatencyRow(1, "eager", 2, 0.5, 0.6)])
         >>> report_table(Report("digits", "compress run", 0, "accuracy", [stage])).row_count
         1
