@@ -18,6 +18,7 @@ from compress.export.precision import in_precision
 from compress.export.targets import Census
 from compress.export.targets.aoti import check_compiler, compile_package
 from compress.measure.machine import has_cuda
+from compress.runtime.engines.eager_cuda import mixes_samples
 from compress.runtime.requirements import cuda_requirements
 from compress.surgery.capture import export_program
 
@@ -29,18 +30,24 @@ _TYPICAL_BATCH = 32  # kernels fit any batch; this is what they are chosen for
 
 
 def build(program: ExportedProgram, path: Path) -> Census:
-    """Compile the program into one file, and count its kernels.
-
-    Raises:
-        ExportSkippedError: when there is no GPU, torch cannot load what it has compiled, or the program is quantised.
-        ExportError: when the compiler fails.
-    """
+    """Compile the program into one file, and count its kernels, as ``build_in`` does."""
     return build_in(torch.float32, program, path)
 
 
 def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census:
-    """Compile the program in a precision; its inputs and outputs stay in float32."""
+    """Compile the program in a precision; its inputs and outputs stay in float32.
+
+    Raises:
+        ExportSkippedError: when there is no GPU, torch cannot load what it has compiled, the program is quantised, or
+            its samples see each other, since small batches are filled up when served.
+        ExportError: when the compiler fails.
+    """
     program = in_precision(program, dtype)
+    if mixes_samples(program.graph_module):
+        raise ExportSkippedError(
+            "aoti_cuda: expected a network whose samples do not see each other, got a reduction over the batch. "
+            "Leave the target out."
+        )
     if not (has_cuda() and torch.cuda.is_available()):
         raise ExportSkippedError(
             "aoti_cuda: expected a GPU that CUDA sees, got none. Export on a machine with one, or leave the target out."

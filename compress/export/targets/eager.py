@@ -11,10 +11,11 @@ from torch.export import ExportedProgram
 from compress.export.archive import repack
 from compress.export.arithmetic import written_out
 from compress.export.graph import drop_assertions, drop_traces, loosen_views
+from compress.export.precision import in_precision
 from compress.surgery.lengths import lengths_of
 from compress.surgery.recurrent import kept_whole
 
-__all__ = ["FILE", "build", "requires"]
+__all__ = ["FILE", "build", "build_in", "requires"]
 
 FILE = "program.pt2"
 
@@ -34,6 +35,15 @@ def build(program: ExportedProgram, path: Path) -> None:
     plain._example_inputs = None
     torch.export.save(plain, path)
     repack(path)
+
+
+def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> None:
+    """Save the program in half precision; its inputs and outputs stay in float32.
+
+    Raises:
+        ExportSkippedError: when the program is quantised, or cannot be captured in that precision.
+    """
+    build(in_precision(program, dtype), path)
 
 
 def requires() -> dict[str, Any]:

@@ -46,11 +46,17 @@ def mixes_samples(graph_module: GraphModule) -> bool:
     Args:
         graph_module: Of ATen operators; a reduction without dimensions, or over the first, counts.
     """
+    from torch.fx import Node
+
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or str(node.target).split(".")[1:2] not in _REDUCTIONS:
             continue
         dimensions = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", ())
         dimensions = dimensions if isinstance(dimensions, Sequence) else (dimensions,)
-        if not dimensions or 0 in dimensions or None in dimensions:
+        value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
+        if value is None:  # a weight: it has no samples
+            continue
+        rank = value.dim()
+        if not dimensions or any(dimension is None or dimension in (0, -rank) for dimension in dimensions):
             return True
     return False

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compress.errors import ExportError
 from compress.export import TARGETS, ExportSkippedError, convert, export_artifact
@@ -13,6 +14,7 @@ from compress.export.parity import check_parity, reference_outputs
 from compress.export.targets import aoti_bf16
 from compress.runtime import load
 from compress.runtime.engines import make_engine
+from compress.surgery.capture import export_program
 from tests.export.programs import floating, quantized
 
 HALVES = [name for name in TARGETS if "bf16" in name or "fp16" in name]
@@ -45,6 +47,15 @@ def test_integers_are_not_halved(name: str, tmp_path: Path, monkeypatch: pytest.
 def test_without_a_gpu_nothing_is_compiled_for_one(name: str, tmp_path: Path) -> None:
     with pytest.raises(ExportSkippedError, match="aoti_cuda: expected a GPU that CUDA sees, got none"):
         import_module(TARGETS[name]).build(floating().program, tmp_path / "file")
+
+
+def test_a_batch_that_is_filled_up_must_not_change_its_samples(tmp_path: Path) -> None:
+    class Ranged(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.amax()
+
+    with pytest.raises(ExportSkippedError, match="aoti_cuda: expected a network whose samples do not see each other"):
+        import_module(TARGETS["aoti_cuda"]).build(export_program(Ranged(), [torch.ones(2, 3)]), tmp_path / "file")
 
 
 def test_portable_halves_are_built_and_checked_without_a_gpu(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Applied(nn.Module):
     [
         (lambda x: x / x.amax(), True),
         (lambda x: x - x.mean(0), True),
+        (lambda x: x - x.mean(-2), True),
         (lambda x: x - x.max(), True),
         (lambda x: x - x.sum((0, 1)), True),
         (lambda x: x - x.mean(1, keepdim=True), False),
