@@ -17,6 +17,10 @@ RUNS_CODE = False  # a table of calls to kernels that the runtime has, and their
 # As ExecuTorch numbers them.
 _DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64", "", "", "", "bool")
 
+_LOCK = Lock()  # a method serves one thread at a time, and all methods share the process's threads
+_RESETS: list[int] = []
+"""Numbers of threads that were set: a method that was loaded before such a change holds threads that are gone."""
+
 
 class ExecuTorchEngine:
     """Runs a program on the CPU, larger batches than it takes in parts.
@@ -33,17 +37,13 @@ class ExecuTorchEngine:
 
         self._torch = torch
         self._binding = binding = _binding()
-        if num_threads is not None and num_threads != binding._threadpool_get_thread_count():
-            binding._unsafe_reset_threadpool(num_threads)
-        check = binding.Verification.InternalConsistency
-        self._program = binding._load_program(str(path), program_verification=check)  # its method needs it alive
-        self._method = self._program.load_method("forward")
-        self._lock = Lock()  # a method serves one thread at a time
-        about = self._method.method_meta()
-        inputs = [about.input_tensor_meta(index) for index in range(about.num_inputs())]
-        self._largest = inputs[0].sizes()[0]
-        # The largest batch goes first, so that XNNPACK takes all its memory here and none has to grow between calls.
-        self([torch.zeros(tuple(entry.sizes()), dtype=getattr(torch, _DTYPES[entry.dtype()])) for entry in inputs])
+        with _LOCK:
+            if num_threads is not None and num_threads != binding._threadpool_get_thread_count():
+                binding._unsafe_reset_threadpool(num_threads)
+                _RESETS.append(num_threads)
+            check = binding.Verification.InternalConsistency
+            self._program = binding._load_program(str(path), program_verification=check)  # its method needs it alive
+            self._load()
 
     @property
     def threads(self) -> int:
@@ -55,7 +55,9 @@ class ExecuTorchEngine:
         # It takes the memory in the order of the dimensions, and asks for the strides of that, of size one as well.
         inputs = [tensor.detach().reshape(-1).view(tensor.shape) for tensor in inputs]
         num = len(inputs[0])
-        with self._lock:
+        with _LOCK:
+            if self._loaded_after != len(_RESETS):
+                self._load()
             if num <= self._largest:
                 return self._method(inputs)
             parts = [
@@ -63,6 +65,17 @@ class ExecuTorchEngine:
                 for start in range(0, num, self._largest)
             ]
         return [self._torch.cat(outputs) for outputs in zip(*parts)]
+
+    def _load(self) -> None:
+        self._method = self._program.load_method("forward")
+        self._loaded_after = len(_RESETS)
+        about = self._method.method_meta()
+        inputs = [about.input_tensor_meta(index) for index in range(about.num_inputs())]
+        self._largest = inputs[0].sizes()[0]
+        # The largest batch goes first, so that XNNPACK takes all its memory here and none has to grow between calls.
+        self._method(
+            [self._torch.zeros(tuple(one.sizes()), dtype=getattr(self._torch, _DTYPES[one.dtype()])) for one in inputs]
+        )
 
 
 def make(path: Path, num_threads: int | None) -> ExecuTorchEngine:

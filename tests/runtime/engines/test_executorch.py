@@ -66,6 +66,19 @@ def test_threads_are_what_was_asked_for(tmp_path: Path) -> None:
         make_engine("executorch", tmp_path / executorch.FILE, num_threads=usual)
 
 
+def test_what_was_loaded_before_goes_on_when_threads_change(tmp_path: Path) -> None:
+    (tmp_path / executorch.FILE).write_bytes(content())
+    inputs = torch.randn(5, 3, 8, 8)
+    engines = [make_engine("executorch", tmp_path / executorch.FILE)]
+    usual, wanted = engines[0].threads, engines[0]([inputs])[0]
+    try:
+        for num in range(10):
+            engines.append(make_engine("executorch", tmp_path / executorch.FILE, num_threads=1 + num % 2))
+            assert all(torch.equal(engine([inputs])[0], wanted) for engine in (engines[0], *engines[-2:]))
+    finally:
+        make_engine("executorch", tmp_path / executorch.FILE, num_threads=usual)
+
+
 def test_several_threads_may_call(engine: ExecuTorchEngine) -> None:
     inputs = torch.randn(40, 3, 8, 8)
     wanted = engine([inputs])[0]
