@@ -1,10 +1,10 @@
 """Quantise the trained student of a recipe in several ways and seeds, beside fp32 with the same extra epochs.
 
 Each seed trains in fp32 once; every way goes on from those weights for the same extra epochs, at the same learning
-rates. Post-training quantization is the end of the fp32 run: the network before it is the fp32 row. What counts is the
-accuracy of the converted network, in integers; that of the fake-quantised one stands beside it. Each run is a run
-directory of its own: what is done stays done, and a run that was stopped goes on. Table and plot tell of all recipes
-that have been run.
+rates. Post-training quantization is the end of the fp32 run: the network before it is the fp32 row, and the teacher of
+the variant that is distilled. What counts is the accuracy of the converted network, in integers; that of the
+fake-quantised one stands beside it. Each run is a run directory of its own: what is done stays done, and a run that was
+stopped goes on. Table and plot tell of all recipes that have been run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
+import yaml
 from rich.console import Console
 
 
@@ -45,7 +46,12 @@ class Study:
 
 STUDIES = {
     "fashion_mnist_quantize": Study(epochs=4, more=2, rate=0.01, words=("--data.init_args.num_train", "20000")),
-    "sst2_minilm_quantize": Study(epochs=2, more=1, rate=2e-5, words=("--data.init_args.length", "48")),
+    "sst2_minilm_quantize": Study(
+        epochs=2,
+        more=1,
+        rate=2e-5,
+        words=("--data.init_args.length", "32", "--data.init_args.num_train", "3460"),
+    ),
     "ecg5000_lstm_quantize": Study(
         epochs=40,
         more=15,
@@ -54,18 +60,14 @@ STUDIES = {
     ),
 }
 
-SELF = [
-    "--teacher",
-    json.dumps({"model": {"class_path": "compress.distill.EarlierSelf"}}),
-    "--distill.losses",
-    json.dumps([{"class_path": "compress.distill.SoftTarget", "init_args": {"temperature": 4.0, "weight": 0.9}}]),
-]
+SOFT_TARGET = {"class_path": "compress.distill.SoftTarget", "init_args": {"temperature": 4.0, "weight": 0.9}}
+DISTILLED = "QAT int8 + KD"
 
 # Variant: overrides of the recipe. Fake quantization works from the first extra step on, or not at all.
 VARIANTS: dict[str, list[str]] = {
     "PTQ int8": ["--quantize.start", "1"],
     "QAT int8": ["--quantize.start", "0"],
-    "QAT int8 + KD": ["--quantize.start", "0", *SELF],
+    DISTILLED: ["--quantize.start", "0", "--distill.losses", json.dumps([SOFT_TARGET])],
     "QAT w4a8, direct": ["--quantize.start", "0", "--quantize.scheme", "w4a8"],
     "QAT w4a8, progressive": [
         *("--quantize.start", "0", "--quantize.scheme", "w4a8"),
@@ -103,8 +105,11 @@ def main() -> None:
             if (folder / "fake_quantised.json").exists():
                 continue
             console.rule(f"{options.recipe}, {variant}, seed {seed}")
-            few = study.few if "w4a8" in VARIANTS[variant] else ()
-            _fit(options.recipe, folder, [*words, "--seed", str(seed), *start, *VARIANTS[variant], *few])
+            own = [*VARIANTS[variant], *(study.few if "w4a8" in VARIANTS[variant] else ())]
+            if variant == DISTILLED:
+                teacher = _teacher(options.runs / options.recipe / _slug(FLOAT_FROM) / str(seed))
+                own += ["--teacher", json.dumps(teacher)]
+            _fit(options.recipe, folder, [*words, "--seed", str(seed), *start, *own])
             _test(folder)
     rows = _rows(options.runs)
     temporary = options.output.with_name(options.output.name + ".tmp")
@@ -127,6 +132,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells = [recipe, variant, _spread([row["accuracy"] for row in own], ".2f"), _spread(gains, "+.2f")]
         lines.append(f"| {' | '.join([*cells, _spread(fake, '.2f'), str(len(own))])} |")
     return "\n".join(lines)
+
+
+def _teacher(float_run: Path) -> dict[str, Any]:
+    """Return the network that went on in fp32, which a variant learns from."""
+    student = yaml.safe_load((float_run / "recipe.yaml").read_text())["student"]
+    return {"model": student, "checkpoint": str((float_run / "checkpoints" / "distilled.pt").resolve())}
 
 
 def _fit(recipe: str, folder: Path, words: Sequence[str]) -> None:

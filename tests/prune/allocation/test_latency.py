@@ -59,7 +59,8 @@ def test_onnxruntime_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPat
     assert NOTHING.key in content["layers"]
     assert len(content["layers"]) > 10
     assert all(ms > 0 for name in ("layers", "networks") for ms in content[name].values())
-    assert len(content["networks"]) == 2
+    # The narrowest network is another one, unless noise has it that narrower layers are no faster.
+    assert whole.before in content["networks"].values()
     # From here on nothing may be timed.
     for module in (table, cost):
         monkeypatch.setattr(module, "time_calls", None)
