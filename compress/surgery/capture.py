@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 
 from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
+from compress.surgery.blame import layer_and_line
 from compress.surgery.lengths import Length, dynamic_shapes
 from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
@@ -58,7 +59,7 @@ def export_program(
         lengths: Further sizes that may vary, as that of a sequence.
 
     Raises:
-        CaptureError: when the network cannot be captured; the message names the reason.
+        CaptureError: when the network cannot be captured; the message names the reason and, where known, the layer.
     """
     if isinstance(network, Captured):
         network.sync_mode()
@@ -70,7 +71,7 @@ def export_program(
             return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         wanted = " and ".join(["a dynamic batch", *map(str, lengths)])
-        reason = _reason(error, named=bool(lengths))
+        reason = _reason(error, named=bool(lengths)) + layer_and_line(network, error)
         raise CaptureError(
             f"capture: expected a network that torch.export can capture with {wanted}, "
             f"got {type(network).__name__}: {reason}. Move data-dependent control flow and fixed batch sizes out of it."

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +141,27 @@ class FixedBatch(nn.Module):
 def test_what_cannot_be_captured_is_named(network: nn.Module) -> None:
     with pytest.raises(CaptureError, match=f"got {type(network).__name__}"):
         capture(network, [torch.ones(2, 3)])
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.abs().mean() > 1:  # another size
+            x = x / x.abs().mean()
+        return self.fc(x)
+
+
+def test_what_cannot_be_captured_is_named_with_its_layer_and_line() -> None:
+    blocks = nn.Sequential(Scaled(), nn.ReLU(), Scaled())
+    number = next(i for i, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "# another size" in line)
+    with pytest.raises(CaptureError) as caught:
+        capture(nn.Sequential(OrderedDict(stem=nn.Linear(3, 3), blocks=blocks)), [torch.ones(2, 3)])
+    message = str(caught.value)
+    assert "got Sequential: Data-dependent branching in 'blocks.0' (Scaled, the first of 2) at " in message
+    assert f"test_capture.py:{number}: if x.abs().mean() > 1:" in message
 
 
 def test_a_frozen_norm_stays_frozen() -> None:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from compress.errors import CaptureError
+from compress.surgery.blame import layer_and_line
 
 __all__ = ["static_graph"]
 
@@ -33,7 +34,7 @@ def static_graph(network: nn.Module, inputs: Sequence[Tensor]) -> GraphModule:
         return _in_order_of_use(_program(network, tuple(inputs)).module(check_guards=False))  # type: ignore[arg-type]
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-        where = _place(lines)
+        where = layer_and_line(network, error)
         raise CaptureError(
             f"prune: expected a network that torch.export can capture, got {type(network).__name__}: "
             f"{lines[0] if lines else type(error).__name__}{where}. Move control flow that depends on data out of it, "
@@ -96,13 +97,3 @@ def _twin(module: nn.Module, twins: dict[int, nn.Module]) -> nn.Module:
         for name, child in module._modules.items():
             twin._modules[name] = child if child is None else _twin(child, twins)
     return twins[id(module)]
-
-
-def _place(lines: Sequence[str]) -> str:
-    """Return the last line of the user's code in a trace, as `` at FILE:LINE: code``."""
-    for position in range(len(lines) - 1, -1, -1):
-        if lines[position].startswith('File "') and "site-packages/torch/" not in lines[position]:
-            file, _, number = lines[position].removeprefix('File "').partition('", line ')
-            code = lines[position + 1] if position + 1 < len(lines) else ""
-            return f" at {file}:{number.partition(',')[0]}: {code}"
-    return ""
