@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from compress.distill import DistillationLoss, LearningRateSchedule, OwnTeacher, SoftTarget, Task, check_weights
 from compress.errors import CompressError, RecipeError
 from compress.export import TARGETS
+from compress.export.options import option_mistakes
 from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
 from compress.quantize.layers import engine_mistakes
@@ -100,6 +101,7 @@ class Export:
             quantised.
         num_held_out: Validation inputs on which engines and the trained module are compared.
         lengths: Sizes beyond the batch that may vary, as that of a sequence, each with its range.
+        options: What targets are told, by name, as ``{aoti: {max_autotune: true}}``.
     """
 
     targets: list[str] = field(default_factory=lambda: ["eager", "aoti", "onnxruntime"])
@@ -108,6 +110,7 @@ class Export:
     min_int8_fraction: float = 0.5
     num_held_out: int = 512
     lengths: list[Length] = field(default_factory=list)
+    options: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -189,6 +192,8 @@ def _mistakes(recipe: Recipe) -> Iterable[str]:
             f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}. "
             "Name at least one target."
         )
+    else:
+        yield from (f"export.{text}" for text in option_mistakes(recipe.export.options, recipe.export.targets))
     if recipe.quantize is not None:
         yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
         if recipe.export.lengths:

@@ -50,7 +50,7 @@ STUDIES = {
         epochs=2,
         more=1,
         rate=2e-5,
-        words=("--data.init_args.length", "32", "--data.init_args.num_train", "3460"),
+        words=("--data.init_args.length", "32", "--data.init_args.num_train", "2000"),
     ),
     "ecg5000_lstm_quantize": Study(
         epochs=40,

@@ -83,7 +83,12 @@ def convert(options: argparse.Namespace, rest: list[str], console: Console) -> N
 
     inputs = [torch.from_numpy(_array(file)) for file in options.inputs] if options.inputs else None
     manifest = convert(
-        _artifact(options.path), options.target, inputs=inputs, replace=options.replace, trust=options.trust
+        _artifact(options.path),
+        options.target,
+        inputs=inputs,
+        options=_target_options(options.options),
+        replace=options.replace,
+        trust=options.trust,
     )
     table = Table("target", "bytes", "relative error", "top-1 agreement", "compared on")
     for name in dict.fromkeys(options.target):
@@ -92,6 +97,20 @@ def convert(options: argparse.Namespace, rest: list[str], console: Console) -> N
         on = f"{found['num_samples']} inputs, {found['inputs']}"
         table.add_row(name, f"{target.bytes:,}", f"{found['relative_error']:.2g}", f"{found['top1_agreement']:.3f}", on)
     console.print(table)
+
+
+def _target_options(text: str | None) -> dict[str, dict[str, Any]]:
+    import yaml
+
+    try:
+        found = yaml.safe_load(text or "{}")
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--options: expected YAML, got {text}: {error}. Quote it in the shell.") from error
+    if not (isinstance(found, dict) and all(isinstance(given, dict) for given in found.values())):
+        raise RecipeError(
+            f"--options: expected a mapping for each target, got {text}. Write '{{aoti: {{max_autotune: true}}}}'."
+        )
+    return found
 
 
 def predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:

@@ -111,6 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
     entry.add_argument("--target", action="append", required=True, metavar="ENGINE", help="engine to add; repeatable")
+    entry.add_argument("--options", metavar="YAML", help="what targets are told, e.g. '{aoti: {max_autotune: true}}'")
     entry.add_argument("--replace", action="store_true", help="build targets anew that are there")
     entry.add_argument("--trust", action="store_true", help="load the program though it was built elsewhere")
     text = "what to compare on, an array for each input as the network takes it (default: random values)"

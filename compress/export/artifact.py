@@ -20,6 +20,7 @@ from compress.errors import ExportError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs, largest_batch, output_shape
+from compress.export.options import Options, option_mistakes
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
@@ -42,6 +43,7 @@ def export_artifact(
     scheme: str | None = None,
     gates: Gates | None = None,
     metadata: Mapping[str, Any] | None = None,
+    options: Options | None = None,
     progress: bool = False,
 ) -> Manifest:
     """Export a network for several engines.
@@ -56,13 +58,15 @@ def export_artifact(
         scheme: The quantization scheme, when the program is quantised.
         gates: What each target must pass.
         metadata: ``name, task, labels, preprocessing, metrics, history`` for the manifest.
+        options: What targets are told, by name, as ``{"aoti": {"max_autotune": True}}``.
         progress: Whether to show a progress bar.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ExportError: when a target fails a gate, or none can be built; nothing is left behind.
+        ExportError: when a target or an option is unknown, a target fails a gate, or none can be built; nothing is left
+            behind.
     """
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
@@ -70,12 +74,14 @@ def export_artifact(
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:
         raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
+    if mistakes := list(option_mistakes(options or {}, targets)):
+        raise ExportError("\n".join(mistakes))
     inputs = input_specs(program)
     check_inputs(inputs, held_out)
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))
-    job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others)
+    job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others, options=options or {})
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:

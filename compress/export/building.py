@@ -16,6 +16,7 @@ from torch.export import ExportedProgram
 from compress.errors import CompressError, ExportSkippedError
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
+from compress.export.options import Options
 from compress.export.parity import Parity, Sample, check_parity
 from compress.export.products import Product
 from compress.export.targets import TARGETS, WITH_LENGTHS
@@ -39,6 +40,7 @@ class Job:
         gates: What each target must pass.
         others: Inputs of other sizes, and what must come out.
         notes: What else the manifest shall say of the comparison.
+        options: What targets are told.
     """
 
     program: ExportedProgram
@@ -49,6 +51,7 @@ class Job:
     gates: Gates
     others: Mapping[str, Sample] = field(default_factory=dict)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
 
 
 def announced(targets: Sequence[str], *, progress: bool) -> Iterator[str]:
@@ -86,8 +89,8 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
             "Leave the target out."
         )
     target = import_module(TARGETS[engine])
-    path = folder / target.FILE
-    census = with_macs(target.build(job.program, path), job.work)
+    path, options = folder / target.FILE, job.options.get(engine, {})
+    census = with_macs(target.build(job.program, path, **options), job.work)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
     try:
         judge = _load(engine, getattr(target, "CHECKED_BY", engine), path)
@@ -104,6 +107,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         agreement={**asdict(parity.batches), **_of_other_sizes(parity), **job.notes},
         requires=target.requires(),
         parts={part.name: sha256(part) for part in parts},
+        options=dict(options),
     )
     exact = getattr(target, "EXACT", True)
     return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized, exact=exact))

@@ -20,6 +20,7 @@ from compress.export.arithmetic import recognise
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs
+from compress.export.options import Options, option_mistakes
 from compress.export.parity import check_inputs, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import Product, products
@@ -43,6 +44,7 @@ def convert(
     inputs: Sequence[Tensor] | None = None,
     seed: int = 0,
     gates: Gates | None = None,
+    options: Options | None = None,
     replace: bool = False,
     trust: bool = False,
     progress: bool = False,
@@ -58,6 +60,7 @@ def convert(
         inputs: What to compare on, shape (N, ...) each, as the network takes them; random values without.
         seed: Of the random inputs.
         gates: What each target must pass; by default those of the export.
+        options: What targets are told, by name.
         replace: Whether targets that are there may be built anew.
         trust: Load the portable program, which may run code, though the artefact was built elsewhere; it is signed as
             this machine's afterwards.
@@ -68,7 +71,7 @@ def convert(
 
     Raises:
         ArtifactError: when the artefact is damaged, or its program may not be loaded.
-        ExportError: when a target is unknown, there already, cannot be built, or fails a gate.
+        ExportError: when a target or an option is unknown, a target is there already, cannot be built, or fails a gate.
         MissingPackageError: when a target's library is not installed.
     """
     directory = Path(path)
@@ -76,13 +79,15 @@ def convert(
     ours = is_ours(directory)
     targets = list(dict.fromkeys(targets))
     _check_targets(manifest, targets, replace=replace)
+    if mistakes := list(option_mistakes(options or {}, targets)):
+        raise ExportError("\n".join(mistakes))
     if not (ours or trust):
         raise ArtifactError(
             f"{directory}: expected an artefact of this machine, got another's, whose portable program may run code. "
             "Say trust=True (--trust) if you know who made it."
         )
     files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
-    job = _job(manifest, files[_SOURCE], inputs, seed, gates)
+    job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
     temporary = _folder_in(directory)
     try:
         built = _build_all(targets, job, temporary, progress=progress)

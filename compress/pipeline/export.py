@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.errors import ExportError
 from compress.export import Gates, export_artifact
 from compress.export import convert as add_targets
+from compress.export.options import Options
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.layers import Assignment, engine_mistakes, read_assignment
 from compress.runtime import Manifest, read_manifest
@@ -41,6 +42,7 @@ def export(run: RunDirectory) -> None:
         export_program(run.deployed, tuple(tensor[:2] for tensor in inputs), lengths=settings.lengths),
         fresh,
         targets=settings.targets,
+        options=settings.options,
         reference=network,
         held_out=inputs,
         scheme=None if quantized is None else quantized.scheme.name,
@@ -70,6 +72,7 @@ def convert(
     targets: Sequence[str],
     *,
     inputs: Sequence[Tensor] | None = None,
+    options: Options | None = None,
     replace: bool = False,
     trust: bool = False,
 ) -> Manifest:
@@ -79,6 +82,7 @@ def convert(
         path: The artefact's directory.
         targets: Names of engines.
         inputs: What to compare on; random values without.
+        options: What targets are told, by name.
         replace: Whether targets that are there may be built anew.
         trust: Load its portable program though it was built elsewhere.
 
@@ -87,7 +91,7 @@ def convert(
     """
     data = [edit.get("data") for edit in read_manifest(path).history if edit.get("kind") == "quantize"]
     _check_engines(read_assignment(data[0]) if data and data[0] else None, targets)
-    return add_targets(path, targets, inputs=inputs, replace=replace, trust=trust, progress=True)
+    return add_targets(path, targets, inputs=inputs, options=options, replace=replace, trust=trust, progress=True)
 
 
 def _check_engines(quantized: Assignment | None, targets: Sequence[str]) -> None:

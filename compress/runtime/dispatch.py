@@ -24,7 +24,8 @@ Times = Mapping[int, Mapping[str, float]]
 
 _NOISE = 1.03  # as fast, for all that a short run can tell
 _BEATEN = 1.25  # this much behind at first sight, an engine is timed no longer
-_LONGEST_MS = 300.0  # larger batches than this are not measured: it would take a minute, and the order has settled
+_LONG_MS = 150.0  # of batches beyond this, only those that are close so far are measured, with a few calls each
+_LONGEST_MS = 600.0  # larger batches than this are not measured: it would take a minute, and the order has settled
 
 
 def batch_sizes(largest: int | None) -> tuple[int, ...]:
@@ -44,16 +45,25 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
         engines: Loaded, by name.
         manifest: Of their artefact.
         seconds: Time for everything, where calls are short; each engine gets some calls however long they take.
+
+    Returns:
+        Times of all engines at each size that was measured; where calls are long, an engine that was far behind at the
+        size before is taken to be so still.
     """
     sizes = batch_sizes(manifest.max_batch)
     times: dict[int, Mapping[str, float]] = {}
     show = sys.stderr.isatty() and find_spec("rich") is not None
     with progress_bar(show, f"measuring {', '.join(engines)} on this machine, once") as advance:
         for step, size in enumerate(sizes, 1):
-            if times and min(times[sizes[step - 2]].values()) * size / sizes[step - 2] > _LONGEST_MS:
+            before = times.get(sizes[step - 2], {}) if step > 1 else {}
+            expected = min(before.values(), default=0.0) * size / sizes[step - 2]
+            if expected > _LONGEST_MS:
                 break
-            calls = {name: example_call(engine, manifest, size) for name, engine in engines.items()}
-            times[size] = _race(calls, seconds / len(sizes))
+            names = _close(before) if expected > _LONG_MS else list(engines)
+            calls = {name: example_call(engines[name], manifest, size) for name in names}
+            found = _few_calls(calls) if expected > _LONG_MS else _race(calls, seconds / len(sizes))
+            growth = min(found.values()) / min(before.values(), default=1.0)
+            times[size] = {name: found.get(name) or growth * before[name] for name in engines}
             advance(step / len(sizes))
     return times
 
@@ -105,7 +115,7 @@ def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
 def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
     first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=1, block_seconds=0.01, min_runs=2)
     times = {name: latency.p50_ms for name, latency in first.items()}
-    close = [name for name in calls if times[name] <= _BEATEN * min(times.values())]
+    close = _close(times)
     if len(close) > 1:
         share = seconds * 3 / 4 / len(close)
         again = measure_latency(
@@ -113,3 +123,12 @@ def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str
         )
         times |= {name: latency.p50_ms for name, latency in again.items()}
     return times
+
+
+def _few_calls(calls: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    found = measure_latency(calls, seconds=0.01, warmup=0, block_seconds=0.01, min_runs=2)
+    return {name: latency.p50_ms for name, latency in found.items()}
+
+
+def _close(times: Mapping[str, float]) -> list[str]:
+    return [name for name, ms in times.items() if ms <= _BEATEN * min(times.values())]

@@ -65,6 +65,7 @@ class Target:
         agreement: Distance from the trained module on held-out inputs.
         requires: What a machine needs for it: architecture, processor flags, package versions.
         parts: Checksums of the files that it reads beside it, by name within the artefact.
+        options: What its target was told when it was built.
     """
 
     file: str
@@ -74,6 +75,7 @@ class Target:
     agreement: Mapping[str, Any] = field(default_factory=dict)
     requires: Mapping[str, Any] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ _KINDS: dict[str, type] = {
 }
 _TARGET_KINDS: dict[str, type] = {
     **dict.fromkeys(("file", "sha256"), str),
-    **dict.fromkeys(("census", "agreement", "requires", "parts"), dict),
+    **dict.fromkeys(("census", "agreement", "requires", "parts", "options"), dict),
     "bytes": int,
 }
 
@@ -193,7 +195,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     present = {key: kind for key, kind in _OPTIONAL.items() if content.get(key) is not None}
     _check_kinds(content, _KINDS | present)
     for target in content["targets"].values():
-        _check_kinds({"parts": {}, **target}, _TARGET_KINDS)
+        _check_kinds({"parts": {}, "options": {}, **target}, _TARGET_KINDS)
         _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
     if content.get("preprocessing"):
         _check_kinds(content["preprocessing"], {"mean": list, "std": list})

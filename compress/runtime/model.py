@@ -10,6 +10,7 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
+from compress.runtime.buffers import check_buffer, fill
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest
@@ -58,24 +59,29 @@ class CompactModel:
         self._pick = picker(serves)
         self.engine = self._pick(1)
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, out: Any = None) -> Any:
         """Run a batch.
 
         Args:
             inputs: One tensor or array for each input of the manifest; any batch size. Or all of them in one tuple or
                 list, or by the manifest's names in one mapping.
+            out: Array or tensor, as the inputs, of the output's shape and dtype, that is written to and returned:
+                ``onnxruntime`` and ``openvino`` compute into it, the output of others is copied. Of large outputs,
+                memory that is used again saves what it takes to get new one.
 
         Returns:
             The output, shape (N, ...): a tensor for tensors, on their device; an array for arrays.
 
         Raises:
-            ArtifactError: when number, names, shape or dtype of the inputs is not what the manifest says.
+            ArtifactError: when number, names, shape or dtype of inputs or buffer is not what the manifest says.
         """
         if len(inputs) == 1 and isinstance(inputs[0], Mapping | tuple | list):
             inputs = self._in_order(inputs[0])
         self._check(inputs)
-        num, largest = len(inputs[0]), self.manifest.max_batch
-        if largest is None or num <= largest:
+        num, largest = len(inputs[0]), self.manifest.max_batch or len(inputs[0])
+        if out is not None:
+            return self._into(inputs, out, num, largest)
+        if num <= largest:
             return self._serve(inputs, num)
         parts = [[value[i : i + largest] for value in inputs] for i in range(0, num, largest)]
         return _join([self._serve(part, len(part[0])) for part in parts])
@@ -159,6 +165,16 @@ class CompactModel:
 
     def _serve(self, inputs: Sequence[Any], num: int) -> Any:
         return _call(self._runs[self._pick(num)], inputs)
+
+    def _into(self, inputs: Sequence[Any], out: Any, num: int, largest: int) -> Any:
+        if _kind(out) != _kind(inputs[0]):
+            raise ArtifactError(f"out: expected what the inputs are, got {_kind(out)}. Give an array for arrays.")
+        spec = self.manifest.outputs[0]
+        check_buffer(out, spec, num)
+        for i in range(0, num, largest):
+            part = [value[i : i + largest] for value in inputs]
+            fill(self._runs[self._pick(len(part[0]))], part, out[i : i + largest], spec, _call)
+        return out
 
     def _in_order(self, given: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
         if not isinstance(given, Mapping):

@@ -80,10 +80,20 @@ def test_each_engine_wins_where_it_is_faster() -> None:
 
 
 def test_batches_that_would_take_too_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_LONGEST_MS", 10.0)
-    engine = Sleeping(0.0, 2e-3)
+    monkeypatch.setattr(dispatch, "_LONGEST_MS", 45.0)
+    engine = Sleeping(0.0, 5e-3)
     assert tuple(measure({"a": engine}, manifest(), seconds=0.02)) == (1, 4)
     assert engine.sizes == {1, 4}
+
+
+def test_of_long_batches_those_that_are_close_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_LONG_MS", 45.0)
+    engines = {"first": Sleeping(0.0, 5e-3), "later": Sleeping(5e-3, 4e-3), "far": Sleeping(0.02, 5e-3)}
+    times = measure(engines, manifest(16), seconds=0.05)
+    assert engines["far"].sizes == {1, 4}
+    assert engines["first"].sizes == engines["later"].sizes == {1, 4, 16}
+    assert choose(times)[16] == "later"
+    assert times[16]["far"] / times[16]["later"] == pytest.approx(times[4]["far"] / min(times[4].values()))
 
 
 @pytest.mark.parametrize("terminal", [True, False])

@@ -23,6 +23,42 @@ def model(request: pytest.FixtureRequest) -> CompactModel:
     return load(artifact(), engine=request.param)
 
 
+def test_outputs_go_where_the_caller_wants_them(model: CompactModel) -> None:
+    x = quantized().inputs[:5]
+    wanted = model(x)
+    buffer = torch.full((7, 3), torch.nan)
+    assert model(x, out=buffer[1:6]) is not None
+    assert buffer[[0, 6]].isnan().all()
+    torch.testing.assert_close(buffer[1:6], wanted)
+    array = np.full((5, 3), np.nan, dtype=np.float32)
+    assert model(x.numpy(), out=array) is array
+    np.testing.assert_array_equal(array, buffer[1:6].numpy())
+    # Memory in another order, of input and output.
+    columns = np.full((3, 5), np.nan, dtype=np.float32).T
+    model(np.asfortranarray(x.numpy()), out=columns)
+    np.testing.assert_allclose(columns, array, rtol=1e-5, atol=1e-6)
+
+
+def test_a_buffer_takes_a_batch_in_parts() -> None:
+    out = np.zeros((10, 3), dtype=np.float32)
+    assert doubling()(np.ones((10, 3), dtype=np.float32), out=out) is out
+    assert (out == 2).all()
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [
+        (np.zeros((4, 3), dtype=np.float32), r"out: expected shape \(N, 3\) with N = 5, got \(4, 3\)"),
+        (np.zeros((5, 4), dtype=np.float32), r"out: expected shape \(N, 3\) with N = 5, got \(5, 4\)"),
+        (np.zeros((5, 3)), r"out: expected dtype float32, got float64"),
+        (torch.zeros(5, 3), r"out: expected what the inputs are, got torch"),
+    ],
+)
+def test_a_buffer_that_does_not_fit_is_refused(out: Any, text: str) -> None:
+    with pytest.raises(ArtifactError, match=text):
+        doubling()(np.ones((5, 3), dtype=np.float32), out=out)
+
+
 class Doubling:
     """An engine that refuses large batches."""
 

@@ -1,7 +1,8 @@
 """One file per engine: how its form of the network is built, and how its kernels are counted.
 
-Each module has ``FILE``, ``build(program, path)``, which returns a ``Census`` where the engine compiles, and
-``requires()``, which says what a machine needs to run the file; ``PARTS`` names what is written beside it, if anything.
+Each module has ``FILE``, ``build(program, path)``, which returns a ``Census`` where the engine compiles, and whose
+keyword-only arguments are what a user may ask of it; and ``requires()``, which says what a machine needs to run the
+file; ``PARTS`` names what is written beside it, if anything.
 ``EXACT = False`` says that it computes in less than float32, ``CHECKED_BY`` which engine is asked in place of its own
 when its outputs are checked.
 """

@@ -44,8 +44,14 @@ _FLOAT = re.compile(
 )
 
 
-def build(program: ExportedProgram, path: Path) -> Census:
+def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
     """Compile the program into one file without debug information and sources, and count its kernels.
+
+    Args:
+        program: Quantised or not.
+        path: Of the file.
+        max_autotune: Let Inductor measure several kernels for each matrix product and take the fastest, which makes
+            the compilation several times longer.
 
     Raises:
         ExportSkippedError: when there is no C++ compiler, or this processor computes int8 kernels wrongly.
@@ -54,7 +60,8 @@ def build(program: ExportedProgram, path: Path) -> Census:
     check_compiler()
     _register_weight_packing()
     # Else the number of threads of this machine is written into the code.
-    found = compile_package(rewritten(program, _for_inductor), path, {"cpp.dynamic_threads": True})
+    settings = {"cpp.dynamic_threads": True, "max_autotune": max_autotune}
+    found = compile_package(rewritten(program, _for_inductor), path, settings)
     if found.int8_kernels and not has_vnni():
         path.unlink()
         raise ExportSkippedError(

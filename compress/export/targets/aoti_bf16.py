@@ -19,8 +19,8 @@ FILE = "model.aoti_bf16.pt2"
 EXACT = False
 
 
-def build(program: ExportedProgram, path: Path) -> Census:
-    """Compile the program in bfloat16 into one file, and count its kernels.
+def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
+    """Compile the program in bfloat16 into one file, and count its kernels; ``max_autotune`` as for ``aoti``.
 
     Raises:
         ExportSkippedError: when the processor emulates bfloat16, the program is quantised, or there is no compiler.
@@ -31,7 +31,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
             "aoti_bf16: expected a processor with instructions for bfloat16 (AVX512-BF16, AMX or Arm's BF16), got one "
             "without, which is slower in it than in float32. Leave the target out."
         )
-    return aoti.build(in_precision(program, torch.bfloat16), path)
+    return aoti.build(in_precision(program, torch.bfloat16), path, max_autotune=max_autotune)
 
 
 def requires() -> dict[str, Any]:

@@ -1,7 +1,4 @@
-"""A package compiled by AOTInductor for the GPU of this machine, in float32.
-
-``TORCHINDUCTOR_MAX_AUTOTUNE=1`` in the environment lets Inductor measure more kernels, which takes minutes.
-"""
+"""A package compiled by AOTInductor for the GPU of this machine, in float32."""
 
 from __future__ import annotations
 
@@ -29,13 +26,19 @@ FILE = "model.aoti_cuda.pt2"
 _TYPICAL_BATCH = 32  # kernels fit any batch; this is what they are chosen for
 
 
-def build(program: ExportedProgram, path: Path) -> Census:
+def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
     """Compile the program into one file, and count its kernels, as ``build_in`` does."""
-    return build_in(torch.float32, program, path)
+    return build_in(torch.float32, program, path, max_autotune=max_autotune)
 
 
-def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census:
+def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
     """Compile the program in a precision; its inputs and outputs stay in float32.
+
+    Args:
+        dtype: What it computes in.
+        program: Not quantised.
+        path: Of the file.
+        max_autotune: Let Inductor measure several kernels for each matrix product and convolution, which takes minutes.
 
     Raises:
         ExportSkippedError: when there is no GPU, torch cannot load what it has compiled, the program is quantised, or
@@ -60,7 +63,7 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path) -> Census
     program = export_program(program.module(check_guards=False), few)
     drop_assertions(program)
     # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.
-    settings = {"force_layout_optimization": True}
+    settings = {"force_layout_optimization": True, "max_autotune": max_autotune}
     census = compile_package(move_to_device_pass(program, "cuda"), path, settings)
     # Seen with torch 2.11 on an H200: its loader crashes, whatever the network.
     reason = why_not_loaded("aoti_cuda", path, few)

@@ -41,6 +41,8 @@ READS = {"eager_cuda": "eager", "onnxruntime_cuda": "onnxruntime"}
 class Engine(Protocol):
     """Runs a batch.
 
+    Those that can compute into memory of the caller have ``into(inputs, outputs)``, of contiguous arrays.
+
     Attributes:
         takes: ``"numpy"`` or ``"torch"``: arrays or tensors on the CPU, and gives such; ``"cuda"``: tensors on any
             device, and gives them on the same.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import EngineError, MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 from compress.runtime.manifest import TensorSpec
+
+if TYPE_CHECKING:
+    import numpy as np
 
 __all__ = ["CUDA", "PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
 
@@ -60,6 +63,15 @@ class ONNXRuntimeEngine:
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
         """Return the outputs of a batch of arrays."""
         return self._session.run(None, dict(zip([spec.name for spec in self.inputs], inputs)))
+
+    def into(self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]) -> None:
+        """Write the outputs of a batch of arrays into contiguous arrays."""
+        binding = self._session.io_binding()
+        for spec, value in zip(self.inputs, inputs):
+            binding.bind_cpu_input(spec.name, value)
+        for spec, value in zip(self.outputs, outputs):
+            binding.bind_output(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
+        self._session.run_with_iobinding(binding)
 
 
 def _spec(entry: Any) -> TensorSpec:
