@@ -23,8 +23,8 @@ from pydantic import BaseModel, field_validator
 
 import compress
 from compress.errors import CompressError
+from compress.runtime.inputs import preprocess
 from compress.runtime.manifest import Manifest, read_manifest
-from compress.runtime.model import preprocess
 from compress.runtime.sizes import wrong_size
 
 _SERVED = "COMPRESS_SERVED"
@@ -49,6 +49,8 @@ class Query(BaseModel):
             given = preprocess(sample[None], manifest)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"expected nested lists of numbers, got {error}") from error
+        except CompressError as error:
+            raise ValueError(str(error)) from error
         wanted = manifest.inputs[0].shape
         if given.ndim != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, given.shape)):
             raise ValueError(f"expected one sample of shape {list(wanted[1:])}, got {list(sample.shape)}")

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "compress").rglob("*.py"))
 IDS = [str(path.relative_to(ROOT)) for path in FILES]
-ENGINES = {"onnxruntime", "openvino", "executorch", "tvm", "ai_edge_litert", "litert_torch"}
+ENGINES = {"onnxruntime", "openvino", "executorch", "tvm", "ai_edge_litert", "litert_torch", "tokenizers"}
 
 
 @pytest.mark.parametrize("path", FILES, ids=IDS)

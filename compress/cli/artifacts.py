@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,13 +117,18 @@ def _target_options(text: str | None) -> dict[str, dict[str, Any]]:
 def predict(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     """Predict labels for what is in files."""
     from compress.runtime import load
-    from compress.runtime.samples import best_classes, read_samples
+    from compress.runtime.samples import best_classes, read_lines, read_samples
 
     no_more("predict", rest)
     check_writable("--json", options.json)
     model = load(_artifact(options.path), engine=options.engine, trust=options.trust)
     found: list[dict[str, Any]] = []
-    for names, values in read_samples(options.inputs, model.manifest, resize=options.resize):
+    batches = (
+        read_lines(sys.stdin.buffer, "standard input", model.manifest)
+        if options.inputs == "-" and not options.resize
+        else read_samples(options.inputs, model.manifest, resize=options.resize)
+    )
+    for names, values in batches:
         probabilities = model.predict(values)[1]
         for name, row, classes in zip(names, probabilities, best_classes(probabilities, options.top_k)):
             labels = model.manifest.labels or range(len(row))

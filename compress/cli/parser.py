@@ -22,6 +22,7 @@ examples:
   compress convert ARTIFACT --target openvino            add a target from the artefact's portable program
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
   compress predict ARTIFACT photos/ --top_k 3            labels and probabilities for a folder of images
+  compress predict ARTIFACT reviews.txt                  the same for the text in each line; - reads standard input
 """
 
 
@@ -119,12 +120,16 @@ def make_parser() -> argparse.ArgumentParser:
     entry = command(
         "predict",
         predict,
-        "predict labels for images, tables or arrays",
+        "predict labels for images, texts, tables or arrays",
         epilog="Values go through the manifest's preprocessing, where it has one. An image becomes grey or RGB, as the "
-        "input has channels. A .csv file has a line of numbers for each sample; its first line may name the columns.",
+        "input has channels. A .txt file has a text in each line, for an artefact that holds a tokenizer. A .csv file "
+        "has a line of numbers for each sample; its first line may name the columns. An .npz file has an array for "
+        "each input, by its name in the manifest.",
     )
     entry.add_argument("path", metavar="RUN_DIR|ARTIFACT")
-    entry.add_argument("inputs", metavar="INPUTS", help="image, folder of images, .csv, or .npy with a sample in a row")
+    entry.add_argument(
+        "inputs", metavar="INPUTS", help="image, folder of images, .txt, .csv, .npy or .npz; - for lines of text"
+    )
     entry.add_argument("--top_k", "--top-k", type=int, default=1, metavar="K", help="show the K best labels (1)")
     entry.add_argument("--resize", action="store_true", help="bring images to the input's size; else that is an error")
     entry.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")

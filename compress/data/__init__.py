@@ -7,6 +7,7 @@ from compress.data.fashion_mnist import FashionMNIST
 from compress.data.keyed import KeyedDataset, KeyedSampler, keyed_loader, keyed_uniform
 from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
 from compress.data.sst2 import SST2
+from compress.data.text import Tokenizer
 from compress.data.ucr import UCR
 from compress.data.wrapped import KeyedDataModule
 
@@ -25,6 +26,7 @@ __all__ = [
     "SplitDataModule",
     "TensorSplit",
     "TensorSplits",
+    "Tokenizer",
     "keyed_loader",
     "keyed_uniform",
     "tensor_datasets",

@@ -60,7 +60,8 @@ class SplitDataModule(LightningDataModule):
     Batches are ``(x, y)``, those of the training split ``(x, y, keys)``: keys int64 of shape (N, 2), each sample's
     index and view. The order of the training samples is a function of seed and epoch alone, and a fit that resumes
     goes on in the middle of an epoch. After ``setup`` there are ``labels``, the names of the classes, and
-    ``num_classes``.
+    ``num_classes``; and for the artefact ``preprocessing``, with the text of the files that it names in
+    ``preprocessing_files``.
 
     Args:
         batch_size: Samples in a batch, on each device.
@@ -82,6 +83,7 @@ class SplitDataModule(LightningDataModule):
         self.seed = seed
         self.labels: list[str] = []
         self.preprocessing: dict[str, Any] = {}
+        self.preprocessing_files: dict[str, str] = {}
         self._splits: dict[str, Tensors] = {}
 
     @abstractmethod

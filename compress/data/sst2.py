@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from compress.data.loader import Tensors
 from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
 from compress.data.splits import stratified_split
-from compress.errors import DataError, MissingPackageError, RecipeError
-from compress.libraries import import_library
+from compress.data.text import Tokenizer
+from compress.errors import DataError, RecipeError
 
 __all__ = ["SST2"]
 
@@ -31,10 +29,12 @@ class SST2(SplitDataModule):
 
     Batches are ``((tokens, mask), y)``: tokens and mask int64 of shape (N, length), mask 1 where a token counts and 0
     where it only fills; y int64 of shape (N,). Those of the training split are ``((tokens, mask), y, keys)``. Networks
-    get both by position, as Hugging Face's do: ``forward(input_ids, attention_mask)``.
+    get both by position, as Hugging Face's do: ``forward(input_ids, attention_mask)``. An artefact gets the tokenizer,
+    and predicts sentences.
 
     Args:
-        tokenizer: Folder or name on the hub of a Hugging Face tokenizer.
+        tokenizer: Folder or name on the hub of a Hugging Face tokenizer, or a ``tokenizer.json`` that says how it pads
+            (see ``Tokenizer``).
         root: Folder with ``train.tsv``, ``dev.tsv`` and ``test.tsv``: a sentence, a tabulator, 0 or 1.
         length: Tokens of each sentence; longer ones are cut, shorter ones filled up.
         batch_size: Sentences in a batch, on each device.
@@ -67,11 +67,11 @@ class SST2(SplitDataModule):
         self.num_train = num_train
 
     def load(self) -> TensorSplits:
-        """Return the tokens of all sentences.
+        """Return the tokens of all sentences, and set ``preprocessing`` to how they are made.
 
         Raises:
             DataError: when there are no files or no tokenizer, or a file is damaged.
-            MissingPackageError: when transformers is not installed.
+            MissingPackageError: when transformers or tokenizers is not installed.
         """
         folder = _find(self.root)
         read = {name: _read_hub(name) if folder is None else _read_file(folder / _FILES[name]) for name in _FILES}
@@ -84,10 +84,10 @@ class SST2(SplitDataModule):
                 )
             chosen = stratified_split(labels.numpy(), self.num_train, seed=self.seed)[1].tolist()
             read["train"] = ([read["train"][0][i] for i in chosen], [read["train"][1][i] for i in chosen])
-        tokenize = _tokenizer(self.tokenizer)
+        tokenize = Tokenizer(self.tokenizer, self.length)
+        self.preprocessing, self.preprocessing_files = tokenize.preprocessing, tokenize.files
         splits = {
-            name: TensorSplit(_tokens(tokenize, sentences, self.length), torch.tensor(labels))
-            for name, (sentences, labels) in read.items()
+            name: TensorSplit(tokenize(sentences), torch.tensor(labels)) for name, (sentences, labels) in read.items()
         }
         return TensorSplits(**splits, classes=_CLASSES)
 
@@ -148,23 +148,3 @@ def _read_hub(name: str) -> tuple[list[str], list[int]]:
         got = ", ".join(dataset.column_names) if missing else sorted(set(labels))
         raise DataError(f"{_HUB}: expected columns text and label with 0 and 1, got {got}. Set data.root to a folder.")
     return list(dataset["text"]), labels
-
-
-def _tokenizer(name: str) -> Any:
-    try:
-        transformers = import_library("transformers")
-    except ModuleNotFoundError as error:
-        raise MissingPackageError("transformers", "zoo") from error
-    try:
-        return transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"data.tokenizer: expected a folder or a name on the hub of a tokenizer, got {name!r}: "
-            f"{' '.join(str(error).split())[:200]}. Give the folder of the network that reads its tokens."
-        ) from error
-
-
-def _tokens(tokenize: Any, sentences: Sequence[str], length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return tokens and mask, int64, shape (N, length) each."""
-    found = tokenize(list(sentences), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
-    return found["input_ids"].long(), found["attention_mask"].long()

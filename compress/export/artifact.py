@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ExportError
+from compress.errors import ArtifactError, ExportError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
 from compress.export.graph import input_specs, largest_batch, output_shape
@@ -26,7 +26,16 @@ from compress.export.passes import clean_up
 from compress.export.products import products
 from compress.export.targets import TARGETS, ExportSkippedError
 from compress.measure.machine import versions
-from compress.runtime.manifest import Manifest, Target, TensorSpec, read_manifest
+from compress.runtime.manifest import (
+    Manifest,
+    Target,
+    TensorSpec,
+    check_text,
+    preprocesses_text,
+    read_manifest,
+    sha256,
+)
+from compress.runtime.text import make_encoder
 from compress.runtime.trust import sign
 from compress.surgery.lengths import lengths_of
 
@@ -44,6 +53,7 @@ def export_artifact(
     gates: Gates | None = None,
     metadata: Mapping[str, Any] | None = None,
     options: Options | None = None,
+    files: Mapping[str, str] | None = None,
     progress: bool = False,
 ) -> Manifest:
     """Export a network for several engines.
@@ -59,6 +69,7 @@ def export_artifact(
         gates: What each target must pass.
         metadata: ``name, task, labels, preprocessing, metrics, history`` for the manifest.
         options: What targets are told, by name, as ``{"aoti": {"max_autotune": True}}``.
+        files: Texts of the files that preprocessing names, by the name that each gets in the artefact.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -78,6 +89,7 @@ def export_artifact(
         raise ExportError("\n".join(mistakes))
     inputs = input_specs(program)
     check_inputs(inputs, held_out)
+    _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))
@@ -85,6 +97,8 @@ def export_artifact(
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
+        for name, text in (files or {}).items():
+            (temporary / name).write_bytes(text.encode())
         built, skipped = _build_all(targets, job, temporary, progress=progress)
         manifest = Manifest(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
@@ -100,6 +114,7 @@ def export_artifact(
             products=[asdict(product) for product in job.work],
             agreement=asdict(compare(program, wanted, held_out)),
             gates=asdict(gates),
+            files={name: sha256(temporary / name) for name in files or {}},
         )
         (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
         sign(temporary)
@@ -108,6 +123,22 @@ def export_artifact(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_manifest(directory)
+
+
+def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Mapping[str, str]) -> None:
+    outside = [name for name in files if Path(name).name != name]
+    if outside:
+        raise ExportError(f"files: expected names within the artefact, got {', '.join(outside)}. Leave out folders.")
+    if not preprocesses_text(steps):
+        return
+    try:
+        check_text(steps, inputs, files)
+        make_encoder(files[steps["tokenizer"]], steps)([""])
+    except (ArtifactError, KeyError, TypeError, ValueError) as error:
+        raise ExportError(
+            f"preprocessing: expected what turns texts into the network's inputs, got {type(error).__name__}: {error}. "
+            "See compress.data.Tokenizer."
+        ) from error
 
 
 def _build_all(

@@ -27,7 +27,7 @@ from compress.export.products import Product, products
 from compress.export.samples import random_inputs
 from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine, missing_package
-from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, read_manifest
+from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, check_files, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours, sign
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import lengths_of
@@ -87,6 +87,7 @@ def convert(
             "Say trust=True (--trust) if you know who made it."
         )
     files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+    check_files(directory, manifest.files)
     job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
     temporary = _folder_in(directory)
     try:

@@ -60,6 +60,7 @@ def export(run: RunDirectory) -> None:
             "metrics": metrics,
             "history": history.to_list(),
         },
+        files=getattr(data, "preprocessing_files", None),
         progress=True,
     )
     shutil.rmtree(run.artifact, ignore_errors=True)

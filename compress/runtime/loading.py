@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 
 from compress.errors import ArtifactError, CompressError, EngineError
@@ -23,9 +24,10 @@ from compress.runtime.engines import (
     runs_code,
 )
 from compress.runtime.examples import example_call
-from compress.runtime.manifest import Manifest, check_file, read_manifest
+from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
 from compress.runtime.model import CompactModel
 from compress.runtime.requirements import why_not
+from compress.runtime.text import Encode, make_encoder
 from compress.runtime.trust import is_ours
 
 __all__ = ["load", "load_and_call"]
@@ -65,6 +67,7 @@ def load(
     manifest = read_manifest(directory)
     trusted = is_ours(directory) or trust
     files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+    check_files(directory, manifest.files)
     if engine == "auto":
         wanted = engines_for(manifest.targets, device)
     else:
@@ -111,6 +114,7 @@ def load(
         engines=[name for name in able if name in (times[1] if times else loaded)],
         serves=serves,
         times=times,
+        encode=_encoder(directory, manifest),
     )
 
 
@@ -124,6 +128,22 @@ def _check_engine(engine: str, manifest: Manifest, device: str) -> None:
         raise ArtifactError(
             f"engine: expected one that runs on {device}, got {engine}, which does not. Leave out one of the two."
         )
+
+
+def _encoder(directory: Path, manifest: Manifest) -> Encode | None:
+    """Return what turns texts into inputs; the tokenizer is read when the first comes."""
+    steps = manifest.preprocessing or {}
+    if not preprocesses_text(steps):
+        return None
+
+    @cache
+    def encoder() -> Encode:
+        content = (directory / steps["tokenizer"]).read_bytes()
+        if hashlib.sha256(content).hexdigest() != manifest.files[steps["tokenizer"]]:
+            raise ArtifactError(f"{directory}: expected the tokenizer that was loaded, got another. Load it again.")
+        return make_encoder(content.decode(), steps)
+
+    return lambda texts: encoder()(texts)
 
 
 def load_and_call(path: str, engine: str) -> Callable[[], object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,19 @@ import numpy as np
 
 from compress.errors import ArtifactError
 
-__all__ = ["FORMAT_VERSION", "Manifest", "Range", "Target", "TensorSpec", "check_file", "read_manifest", "sha256"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "Range",
+    "Target",
+    "TensorSpec",
+    "check_file",
+    "check_files",
+    "check_text",
+    "preprocesses_text",
+    "read_manifest",
+    "sha256",
+]
 
 FORMAT_VERSION = 1
 
@@ -90,7 +102,10 @@ class Manifest:
         outputs: Its outputs, in order.
         targets: Files by engine.
         labels: Names of the classes.
-        preprocessing: How raw values become inputs: ``(raw * scale - mean) / std``.
+        preprocessing: How raw values become inputs: ``scale, mean, std`` for ``(raw * scale - mean) / std``; or, for
+            texts, ``tokenizer`` (one of ``files``), ``length`` in tokens, ``padding`` (``token, id, type_id, side``),
+            ``truncation`` (``side``), and ``inputs``: for each of the network's, in order, which of ``ids``, ``mask``
+            and ``type_ids`` it takes.
         scheme: The quantization scheme, or ``None`` for floats.
         metrics: Of the trained network on the test split.
         history: The edits that made the network.
@@ -102,6 +117,7 @@ class Manifest:
             and every census, multiply-accumulates are those of one sample, of typical sizes where these vary.
         agreement: Distance of the program, before an engine compiles it, from the trained module.
         gates: What each target had to pass.
+        files: Checksums of what preprocessing reads, by name within the artefact.
         format_version: Of this file.
     """
 
@@ -123,6 +139,7 @@ class Manifest:
     products: list[Mapping[str, Any]] = field(default_factory=list)
     agreement: Mapping[str, Any] = field(default_factory=dict)
     gates: Mapping[str, float] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
 
@@ -162,7 +179,21 @@ def check_file(directory: Path, target: Target) -> Path:
     Raises:
         ArtifactError: when a file is missing, outside the artefact, or not the one that was exported.
     """
-    for name, wanted in {**target.parts, target.file: target.sha256}.items():
+    check_files(directory, {**target.parts, target.file: target.sha256})
+    return directory / target.file
+
+
+def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
+    """Make sure that an artefact's files are those that were exported.
+
+    Args:
+        directory: The artefact.
+        checksums: SHA-256 by name within it.
+
+    Raises:
+        ArtifactError: as ``check_file`` does.
+    """
+    for name, wanted in checksums.items():
         path = directory / name
         if path.resolve().parent != directory.resolve():
             raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
@@ -170,12 +201,41 @@ def check_file(directory: Path, target: Target) -> Path:
             raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
         if sha256(path) != wanted:
             raise ArtifactError(f"{path}: expected SHA-256 {wanted[:12]}…, got another. Export again.")
-    return directory / target.file
+
+
+def preprocesses_text(steps: Mapping[str, Any]) -> bool:
+    """Say whether a manifest's preprocessing is that of text."""
+    return "tokenizer" in steps
+
+
+def check_text(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Container[str]) -> None:
+    """Make sure that texts can become a network's inputs.
+
+    Args:
+        steps: The manifest's preprocessing.
+        inputs: Of the network.
+        files: Names of the artefact's files.
+
+    Raises:
+        ValueError: when they cannot, or a value is not what it must be; ``KeyError`` and ``TypeError`` likewise.
+    """
+    _check_kinds(steps, {"tokenizer": str, "length": int, "padding": dict, "truncation": dict, "inputs": list})
+    _check_kinds(steps["padding"], {"token": str, "id": int, "type_id": int})
+    length, parts = steps["length"], steps["inputs"]
+    if steps["tokenizer"] not in files:
+        raise ValueError(f"tokenizer {steps['tokenizer']!r} is none of the files")
+    if not {steps["padding"]["side"], steps["truncation"]["side"]} <= {"left", "right"}:
+        raise ValueError("a side of padding or truncation is neither left nor right")
+    if len(parts) != len(inputs) or "ids" not in parts or not set(parts) <= {"ids", "mask", "type_ids"}:
+        raise ValueError(f"{parts} of a text for the inputs {', '.join(spec.name for spec in inputs)}")
+    for spec in inputs:
+        if length < 1 or len(spec.shape) != 2 or spec.shape[1] not in (None, length):
+            raise ValueError(f"texts of {length} tokens for {spec.name}, of shape {list(spec.shape)}")
 
 
 _OPTIONAL: dict[str, type] = {
     **dict.fromkeys(("labels", "products"), list),
-    **dict.fromkeys(("preprocessing", "cleanup", "agreement", "gates"), dict),
+    **dict.fromkeys(("preprocessing", "cleanup", "agreement", "gates", "files"), dict),
     "scheme": str,
     "max_batch": int,
 }
@@ -197,13 +257,19 @@ def _parse(content: dict[str, Any]) -> Manifest:
     for target in content["targets"].values():
         _check_kinds({"parts": {}, "options": {}, **target}, _TARGET_KINDS)
         _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
-    if content.get("preprocessing"):
-        _check_kinds(content["preprocessing"], {"mean": list, "std": list})
-        float(content["preprocessing"]["scale"])
+    inputs = tuple(_spec(entry) for entry in content["inputs"])
+    files = content.get("files", {})
+    _check_kinds(files, dict.fromkeys(files, str))
+    steps = content.get("preprocessing") or {}
+    if preprocesses_text(steps):
+        check_text(steps, inputs, files)
+    elif steps:
+        _check_kinds(steps, {"mean": list, "std": list})
+        float(steps["scale"])
     return Manifest(
         **{
             **content,
-            "inputs": tuple(_spec(entry) for entry in content["inputs"]),
+            "inputs": inputs,
             "outputs": tuple(_spec(entry) for entry in content["outputs"]),
             "targets": {name: Target(**target) for name, target in content["targets"].items()},
         }
@@ -232,7 +298,7 @@ def _range(entry: dict[str, Any]) -> Range:
     return Range(**entry)
 
 
-def _check_kinds(content: dict[str, Any], kinds: Mapping[str, type]) -> None:
+def _check_kinds(content: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
     for key, kind in kinds.items():
         if not isinstance(content[key], kind):
             raise TypeError(f"{key} is of type {type(content[key]).__name__}")

@@ -13,8 +13,10 @@ from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.buffers import check_buffer, fill
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
+from compress.runtime.inputs import in_order, raw_inputs
 from compress.runtime.manifest import Manifest
 from compress.runtime.sizes import described, wrong_size
+from compress.runtime.text import Encode
 
 __all__ = ["CompactModel"]
 
@@ -31,6 +33,7 @@ class CompactModel:
         engines: Names of all engines that can run here.
         serves: Which of ``runs`` serves, by batch size; a batch is served as the nearest size by ratio.
         times: What that was chosen by.
+        encode: Turns texts into inputs, where the artefact holds a tokenizer.
 
     Attributes:
         engine: Name of the engine that serves a single sample.
@@ -48,12 +51,14 @@ class CompactModel:
         engines: Sequence[str],
         serves: Mapping[int, str],
         times: Times | None = None,
+        encode: Encode | None = None,
     ) -> None:
         self.manifest = manifest
         self.engines = tuple(engines)
         self.engines_by_batch = dict(serves)
         self.times: Times = times or {}
         self._varies = any(spec.ranges for spec in manifest.inputs)
+        self._encode = encode
         self._make = make
         self._runs = dict(runs)
         self._pick = picker(serves)
@@ -76,7 +81,7 @@ class CompactModel:
             ArtifactError: when number, names, shape or dtype of inputs or buffer is not what the manifest says.
         """
         if len(inputs) == 1 and isinstance(inputs[0], Mapping | tuple | list):
-            inputs = self._in_order(inputs[0])
+            inputs = in_order(inputs[0], self.manifest)
         self._check(inputs)
         num, largest = len(inputs[0]), self.manifest.max_batch or len(inputs[0])
         if out is not None:
@@ -90,15 +95,17 @@ class CompactModel:
         """Predict labels for raw values, with the manifest's preprocessing.
 
         Args:
-            raw: Array of shape (N, H, W), (N, C, H, W) or whatever the input has, values as they are stored.
+            raw: Array of shape (N, H, W), (N, C, H, W) or whatever the input has, values as they are stored; a list of
+                texts, where the artefact holds a tokenizer; or an array for each input, by the manifest's names.
 
         Returns:
             Labels (class numbers where the manifest has none), and probabilities of shape (N, classes).
 
         Raises:
-            ArtifactError: when the shape does not fit.
+            ArtifactError: when the shape does not fit, or the artefact holds no tokenizer for texts.
+            MissingPackageError: when texts are given and ``tokenizers`` is not installed.
         """
-        logits = np.asarray(self(preprocess(np.asarray(raw), self.manifest)), dtype=np.float64)
+        logits = np.asarray(self(*raw_inputs(raw, self.manifest, self._encode)), dtype=np.float64)
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = exponents / exponents.sum(-1, keepdims=True)
         best = probabilities.argmax(-1)
@@ -176,17 +183,6 @@ class CompactModel:
             fill(self._runs[self._pick(len(part[0]))], part, out[i : i + largest], spec, _call)
         return out
 
-    def _in_order(self, given: Mapping[str, Any] | Sequence[Any]) -> tuple[Any, ...]:
-        if not isinstance(given, Mapping):
-            return tuple(given)
-        names = [spec.name for spec in self.manifest.inputs]
-        if set(given) != set(names):
-            got = ", ".join(map(str, given)) or "none"
-            raise ArtifactError(
-                f"inputs: expected {', '.join(names)}, got {got}. Give each of these names, and no other."
-            )
-        return tuple(given[name] for name in names)
-
     def _check(self, inputs: Sequence[Any]) -> None:
         specs = self.manifest.inputs
         if len(inputs) != len(specs):
@@ -207,27 +203,6 @@ class CompactModel:
         reason = wrong_size(specs, [value.shape for value in inputs]) if self._varies else None
         if reason:
             raise ArtifactError(reason)
-
-
-def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Turn raw values into the network's input: ``(raw * scale - mean) / std`` by channel.
-
-    Args:
-        raw: Shape (N, H, W) for one channel, else as the input.
-        manifest: With ``preprocessing``; without any, values only change their dtype.
-
-    Returns:
-        Array of the input's dtype.
-    """
-    spec = manifest.inputs[0]
-    if raw.ndim == len(spec.shape) - 1 and spec.shape[1] == 1:
-        raw = raw[:, None]
-    steps: Mapping[str, Any] = manifest.preprocessing or {}
-    if not steps:
-        return raw.astype(spec.dtype)
-    wide = (1, -1) + (1,) * (raw.ndim - 2)
-    mean, std = (np.asarray(steps[key], dtype=np.float32).reshape(wide) for key in ("mean", "std"))
-    return ((raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std).astype(spec.dtype)
 
 
 def _kind(value: Any) -> str:

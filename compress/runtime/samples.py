@@ -1,20 +1,24 @@
-"""Samples as users have them, in batches that a model's ``predict`` takes: arrays, images, tables."""
+"""Samples as users have them, in batches that a model's ``predict`` takes: arrays, images, tables, texts."""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, islice
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 
 from compress.errors import ArtifactError, DataError, MissingPackageError
+from compress.runtime.inputs import Raw, check_tokenizer
 from compress.runtime.manifest import Manifest, TensorSpec
 from compress.runtime.sizes import described
 
-__all__ = ["Batch", "best_classes", "read_samples"]
+__all__ = ["Batch", "best_classes", "read_lines", "read_samples"]
 
 _BATCH = 32
 _MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
@@ -27,19 +31,20 @@ class Batch(NamedTuple):
 
     Args:
         names: What to call each.
-        values: Raw values, shape (N, ...).
+        values: Raw values, shape (N, ...); N texts; or such values by the names of the inputs.
     """
 
     names: list[str]
-    values: np.ndarray
+    values: Raw
 
 
 def read_samples(path: str | Path, manifest: Manifest, *, resize: bool = False) -> Iterator[Batch]:
     """Read samples in batches of up to 32.
 
     Args:
-        path: A ``.npy`` file with a sample in each row; a ``.csv`` file with a line of numbers for each, whose first
-            line may name the columns; an image; or a folder, with all images in it and in folders within.
+        path: A ``.npy`` file with a sample in each row; an ``.npz`` file with such an array for each input, by its
+            name; a ``.csv`` file with a line of numbers for each, whose first line may name the columns; a ``.txt``
+            file with a text in each line; an image; or a folder, with all images in it and in folders within.
         manifest: Of the artefact that is to predict them.
         resize: Bring images to the size of the input; otherwise another size is an error.
 
@@ -61,9 +66,29 @@ def read_samples(path: str | Path, manifest: Manifest, *, resize: bool = False) 
     if path.suffix.lower() in _IMAGES:
         return _images([path], [path.name], manifest, resize=resize)
     if path.suffix.lower() not in _READERS:
-        kinds = ", ".join([".npy", ".csv", *_IMAGES])
+        kinds = ", ".join([*_READERS, *_IMAGES])
         raise DataError(f"{path}: expected one of {kinds}, or a folder of images, got another kind. Convert it.")
     return _READERS[path.suffix.lower()](path, manifest)
+
+
+def read_lines(lines: Iterable[bytes], where: str, manifest: Manifest) -> Iterator[Batch]:
+    """Read texts in batches of up to 32, one from each line that is not blank.
+
+    Args:
+        lines: In UTF-8, of a file opened for reading bytes.
+        where: What to call it in errors.
+        manifest: Of the artefact that is to predict them.
+
+    Raises:
+        DataError: when there is no text, or it is not UTF-8.
+        ArtifactError: when the artefact holds no tokenizer.
+    """
+    check_tokenizer(manifest)
+    texts = _texts(lines, where)
+    first = next(texts, None)
+    if first is None:
+        raise DataError(f"{where}: expected a text in each line, got none. Write some.")
+    return (Batch(list(some), some) for some in _chunks(chain([first], texts)))
 
 
 def best_classes(probabilities: np.ndarray, num: int) -> np.ndarray:
@@ -94,7 +119,7 @@ def _input(manifest: Manifest) -> TensorSpec:
         names = ", ".join(spec.name for spec in manifest.inputs)
         raise ArtifactError(
             f"{manifest.name}: expected an artefact with one input, got {len(manifest.inputs)} ({names}). "
-            "Call it from Python, with an array for each."
+            "Save an array for each as .npz, by these names."
         )
     return manifest.inputs[0]
 
@@ -140,13 +165,57 @@ def _table(path: Path, manifest: Manifest) -> Iterator[Batch]:
     return _cut(values.reshape(len(lines), *(width if size is None else size for size in sizes)))
 
 
-def _text(path: Path, manifest: Manifest) -> Iterator[Batch]:
-    raise ArtifactError(
-        f"{path}: expected an artefact that holds a tokenizer, got none. Call it from Python with the tokens."
+def _arrays(path: Path, manifest: Manifest) -> Iterator[Batch]:
+    wanted = ", ".join(spec.name for spec in manifest.inputs)
+    try:
+        opened = np.load(path, allow_pickle=False)
+        if isinstance(opened, np.ndarray):
+            raise ValueError("one array")
+        with opened as archive:
+            arrays = {name: np.asarray(archive[name]) for name in archive.files}
+    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: expected arrays saved by numpy.savez, got {error}. Save {wanted}.") from error
+    if set(arrays) != {spec.name for spec in manifest.inputs}:
+        raise DataError(f"{path}: expected arrays named {wanted}, got {', '.join(arrays) or 'none'}. Save these.")
+    sizes = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(sizes) > 1 or 0 in sizes:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise DataError(f"{path}: expected a sample in each row of all arrays, got {shapes}. Save as many of each.")
+    parts = {name: _cut(array) for name, array in arrays.items()}
+    return (
+        Batch(each[0].names, {name: part.values for name, part in zip(parts, each)}) for each in zip(*parts.values())
     )
 
 
-_READERS: Mapping[str, Callable[[Path, Manifest], Iterator[Batch]]] = {".npy": _array, ".csv": _table, ".txt": _text}
+def _text(path: Path, manifest: Manifest) -> Iterator[Batch]:
+    try:
+        with path.open("rb") as file:
+            yield from read_lines(file, str(path), manifest)
+    except OSError as error:
+        raise DataError(f"{path}: expected a file that can be read, got {error}. Give another.") from error
+
+
+_READERS: Mapping[str, Callable[[Path, Manifest], Iterator[Batch]]] = {
+    ".npy": _array,
+    ".npz": _arrays,
+    ".csv": _table,
+    ".txt": _text,
+}
+
+
+def _texts(lines: Iterable[bytes], where: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where}, line {number}: expected text, got {error}. Save it as UTF-8.") from error
+        if text:
+            yield text
+
+
+def _chunks(texts: Iterator[str]) -> Iterator[list[str]]:
+    while some := list(islice(texts, _BATCH)):
+        yield some
 
 
 def _cut(array: np.ndarray) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import numpy as np
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 
 def pack_idx(array: np.ndarray) -> bytes:
@@ -63,3 +64,23 @@ def write_sst2(folder: Path, *, num_train: int = 10, num_dev: int = 6, num_test:
     for name, num in (("train", num_train), ("dev", num_dev), ("test", num_test)):
         lines = [f"{name} {'good ' * (i % 3)}{i}\t{i % 2}" for i in range(num)]
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n")
+
+
+def write_tokenizer(file: Path, words: str, *, marks: bool = True, pads: bool = True) -> str:
+    """Write a tokenizer of words in lower case, filled up with 0, and return the file's name.
+
+    With ``marks`` the first word is 4, another is 1, and 2 and 3 stand around the text; without them the first is 1.
+    """
+    first = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if marks else ["[PAD]"]
+    vocabulary = {word: index for index, word in enumerate([*first, *words.split()])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    if marks:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+    if pads:
+        tokenizer.enable_padding(pad_id=0, pad_token="[PAD]")
+    tokenizer.save(str(file))
+    return str(file)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn import functional as F
 
+from compress.data import Tokenizer
 from compress.export import TARGETS, Gates, export_artifact
 from compress.measure.machine import has_vnni
 from compress.quantize import convert, prepare
 from compress.runtime.engines import device_of, missing_package
 from compress.runtime.trust import sign
 from compress.surgery.capture import export_program
+from tests.data.files import write_tokenizer
 from tests.networks import images
 
 LABELS = ["left", "middle", "right"]
@@ -105,6 +107,52 @@ def artifact() -> Path:
         },
     )
     return folder / "small"
+
+
+class Reviewer(nn.Module):
+    """Reads words 4 and 5 of a text as praise and blame; what only fills does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(8, 6)
+        self.fc = nn.Linear(6, 2)
+        with torch.no_grad():
+            praise = self.fc.weight[1] - self.fc.weight[0]
+            self.embed.weight[4], self.embed.weight[5] = 9 * praise, -9 * praise
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        weights = mask.unsqueeze(2).to(torch.float32)
+        return self.fc((self.embed(tokens) * weights).sum(1) / weights.sum(1))
+
+
+class Reviews(NamedTuple):
+    """A network that reads texts, and its artefact."""
+
+    program: ExportedProgram
+    network: nn.Module
+    tokenizer: Tokenizer
+    artifact: Path
+
+
+@cache
+def reviews() -> Reviews:
+    """Export a network of tokens and mask with its tokenizer; do not change the files."""
+    folder = Path(tempfile.mkdtemp(prefix="reviews"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tokenizer = Tokenizer(write_tokenizer(folder / "words.json", "fine dull a film"), 7)
+    torch.manual_seed(0)
+    network, inputs = Reviewer().eval(), tokenizer(["fine film", "dull", "a film", "a"])
+    program = export_program(network, [tensor[:2] for tensor in inputs])
+    export_artifact(
+        program,
+        folder / "reviews",
+        targets=["eager", "onnxruntime"],
+        reference=network,
+        held_out=inputs,
+        metadata={"labels": ["bad", "good"], "preprocessing": tokenizer.preprocessing},
+        files=tokenizer.files,
+    )
+    return Reviews(program, network, tokenizer, folder / "reviews")
 
 
 def edit(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:

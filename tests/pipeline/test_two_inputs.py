@@ -11,22 +11,32 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress.data import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
+from compress.data import SplitDataModule, TensorSplit, TensorSplits, Tokenizer, tensor_datasets
 from compress.data.loader import Tensors
 from compress.distill import Classification, SoftTarget
 from compress.errors import DataError
 from compress.pipeline import create_run, run
 from compress.quantize import QuantizationAwareTraining
 from compress.recipe import Distill, Export, Recipe, Teacher
+from tests.data.files import write_tokenizer
 
 
 class Words(SplitDataModule):
-    """Sentences of up to six words; the class is whether word 7 is among those that count."""
+    """Sentences of up to six words; the class is whether word 7 is among those that count. Others only fill."""
+
+    def __init__(self, tokenizer: str, *, batch_size: int = 128) -> None:
+        super().__init__(batch_size=batch_size)
+        self.tokenizer = tokenizer
 
     def datasets(self) -> dict[str, Tensors]:
         generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(1, 9, (160, 6), generator=generator)
-        mask = (torch.arange(6) < torch.randint(2, 7, (160, 1), generator=generator)).long()
+        words = torch.randint(1, 9, (160, 6), generator=generator)
+        lengths = torch.randint(2, 7, (160, 1), generator=generator)
+        tokenizer = Tokenizer(self.tokenizer, 6)
+        self.preprocessing, self.preprocessing_files = tokenizer.preprocessing, tokenizer.files
+        self.lines = [" ".join(f"w{word}" for word in row[:num]) for row, num in zip(words.tolist(), lengths)]
+        tokens, mask = tokenizer(self.lines)
+        tokens = torch.where(mask == 1, tokens, words)
         everything = TensorSplit((tokens, mask), ((tokens == 7) & (mask == 1)).any(1).long())
         parts = [everything.take(torch.arange(start, start + num)) for start, num in ((0, 96), (96, 32), (128, 32))]
         self.labels = ["without", "with"]
@@ -47,10 +57,16 @@ class Reader(nn.Module):
         return self.fc((x * mask.unsqueeze(2).to(x.dtype)).amax(1))
 
 
-def recipe(**changes: Any) -> Recipe:
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    file = tmp_path_factory.mktemp("words") / "words.json"
+    return write_tokenizer(file, " ".join(f"w{number}" for number in range(1, 9)), marks=False)
+
+
+def recipe(data: Words, **changes: Any) -> Recipe:
     given: dict[str, Any] = {
         "student": Reader(),
-        "data": Words(batch_size=16),
+        "data": data,
         "task": Classification(2),
         "optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.02),
         "teacher": Teacher(Reader(), max_epochs=1),
@@ -64,10 +80,10 @@ def recipe(**changes: Any) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("two") / "run"
-    run(create_run(recipe(), path=folder))
+    run(create_run(recipe(Words(tokenizer, batch_size=16)), path=folder))
     return folder
 
 
@@ -76,14 +92,25 @@ def test_it_learns_what_needs_both(finished: Path) -> None:
     assert accuracy > 0.85  # always "without": 0.69; word 7 anywhere, whatever the mask says: 0.66
 
 
-def test_the_artefact_takes_both(finished: Path) -> None:
-    data = Words()
+def test_the_artefact_takes_both(finished: Path, tokenizer: str) -> None:
+    data = Words(tokenizer)
     (tokens, mask), y = next(iter(data.test_dataloader()))
     for engine in ("eager", "onnxruntime"):
         model = compress.load(finished / "artifact", engine=engine)
         assert [spec.shape[1:] for spec in model.manifest.inputs] == [(6,), (6,)]
         assert float((model(tokens, mask).argmax(1) == y).float().mean()) > 0.85
         assert not torch.equal(model(tokens, mask), model(tokens, torch.ones_like(mask)))
+
+
+def test_the_artefact_reads_the_texts_that_the_network_was_trained_on(finished: Path, tokenizer: str) -> None:
+    data = Words(tokenizer)
+    (tokens, mask), y = next(iter(data.test_dataloader()))
+    lines = data.lines[128:]
+    model = compress.load(finished / "artifact", engine="onnxruntime")
+    labels, probabilities = model.predict(lines)
+    assert sum(label == data.labels[number] for label, number in zip(labels, y.tolist())) > 0.85 * len(y)
+    wanted = model(tokens, mask).softmax(1)
+    torch.testing.assert_close(torch.from_numpy(probabilities).float(), wanted, atol=1e-5, rtol=0)
 
 
 def test_the_report_counts_and_times_both(finished: Path) -> None:
@@ -99,11 +126,12 @@ class Named(Words):
         return [({"tokens": tokens, "mask": mask}, y) for (tokens, mask), y in super().val_dataloader()]
 
 
-def test_inputs_by_name_are_refused_before_training(tmp_path: Path) -> None:
+def test_inputs_by_name_are_refused_before_training(tokenizer: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"expected batches \(inputs, targets\) of tensors.*several inputs are a tuple"):
-        create_run(recipe(data=Named()), path=tmp_path / "run")
+        create_run(recipe(Named(tokenizer)), path=tmp_path / "run")
 
 
-def test_a_network_that_takes_one_of_them_is_refused_with_both_shapes(tmp_path: Path) -> None:
+def test_a_network_that_takes_one_of_them_is_refused_with_both_shapes(tokenizer: str, tmp_path: Path) -> None:
+    given = recipe(Words(tokenizer), student=nn.Embedding(9, 2), teacher=None, distill=Distill([]))
     with pytest.raises(DataError, match=r"inputs of shape \(N, 6\) and \(N, 6\) and fits the task"):
-        create_run(recipe(student=nn.Embedding(9, 2), teacher=None, distill=Distill([])), path=tmp_path / "run")
+        create_run(given, path=tmp_path / "run")

@@ -11,8 +11,8 @@ import torch
 
 from compress.errors import ArtifactError
 from compress.runtime import CompactModel, load
+from compress.runtime.inputs import preprocess
 from compress.runtime.manifest import Manifest, TensorSpec
-from compress.runtime.model import preprocess
 from tests.export.programs import HERE, LABELS, artifact, quantized
 
 ENGINE_NAMES = HERE

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from compress.runtime import load
-from tests.export.programs import HERE, artifact, quantized
+from tests.export.programs import HERE, artifact, quantized, reviews
 
 TORCH_FREE = ("onnxruntime", "openvino")
 
@@ -70,3 +70,14 @@ assert sys.modules.get("torch") is None
     said = run(code, tmp_path, str(artifact()), str(tmp_path / "x.npy"))
     assert "torch is not installed" in said
     assert np.array_equal(np.load(tmp_path / "x.npy"), load(artifact(), engine=engine)(inputs))
+
+
+def test_texts_are_predicted_where_there_is_no_torch_and_no_transformers(tmp_path: Path) -> None:
+    code = f"""{HIDE_TORCH}
+sys.modules["transformers"] = None
+import json, compress
+model = compress.load(sys.argv[1])
+assert "tokenizers" not in sys.modules  # imported when the first text comes
+print(json.dumps(model.predict(["a fine film", "dull"])[0]))
+"""
+    assert '["good", "bad"]' in run(code, tmp_path, str(reviews().artifact))

@@ -1,0 +1,110 @@
+"""From raw values to a network's inputs, with the manifest's preprocessing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from compress.errors import ArtifactError
+from compress.runtime.manifest import Manifest, TensorSpec, preprocesses_text
+from compress.runtime.text import Encode
+
+__all__ = ["Raw", "check_tokenizer", "in_order", "preprocess", "raw_inputs"]
+
+Raw = np.ndarray | Sequence[str] | Mapping[str, np.ndarray]
+"""Samples as they are stored: an array, texts, or an array for each input by its name."""
+
+
+def raw_inputs(raw: Any, manifest: Manifest, encode: Encode | None) -> tuple[np.ndarray, ...]:
+    """Turn raw values into the network's inputs.
+
+    Args:
+        raw: An array of shape (N, ...), a list of N texts, or arrays by the names of the inputs.
+        manifest: Of the artefact.
+        encode: What turns texts into tokens, where the artefact holds a tokenizer.
+
+    Raises:
+        ArtifactError: when that is nothing that the artefact can take.
+    """
+    if isinstance(raw, str):
+        raise ArtifactError("raw: expected a list of texts, got one alone. Put it into brackets.")
+    if isinstance(raw, list | tuple) and raw and all(isinstance(text, str) for text in raw):
+        check_tokenizer(manifest)
+        assert encode is not None
+        return tuple(_cast(array, spec) for array, spec in zip(encode(raw), manifest.inputs))
+    if not isinstance(raw, Mapping):
+        return (preprocess(np.asarray(raw), manifest),)
+    given = in_order(raw, manifest)
+    if len(given) == 1:
+        return (preprocess(np.asarray(given[0]), manifest),)
+    if manifest.preprocessing and not preprocesses_text(manifest.preprocessing):
+        raise ArtifactError(
+            f"{manifest.name}: expected one input for its preprocessing, got {len(given)}. "
+            "Call the model with arrays as the network takes them."
+        )
+    return tuple(_cast(np.asarray(array), spec) for array, spec in zip(given, manifest.inputs))
+
+
+def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Turn raw values into the network's input: ``(raw * scale - mean) / std`` by channel.
+
+    Args:
+        raw: Shape (N, H, W) for one channel, else as the input.
+        manifest: With ``preprocessing``; without any, or with that of text, values only change their dtype.
+
+    Returns:
+        Array of the input's dtype.
+
+    Raises:
+        ArtifactError: when that dtype cannot hold them.
+    """
+    spec = manifest.inputs[0]
+    if raw.ndim == len(spec.shape) - 1 and spec.shape[1] == 1:
+        raw = raw[:, None]
+    steps: Mapping[str, Any] = manifest.preprocessing or {}
+    if not steps or preprocesses_text(steps):
+        return _cast(raw, spec)
+    wide = (1, -1) + (1,) * (raw.ndim - 2)
+    mean, std = (np.asarray(steps[key], dtype=np.float32).reshape(wide) for key in ("mean", "std"))
+    return ((raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std).astype(spec.dtype)
+
+
+def in_order(given: Mapping[str, Any] | Sequence[Any], manifest: Manifest) -> tuple[Any, ...]:
+    """Return inputs that are given by name in the manifest's order; those in a tuple or list are in it.
+
+    Raises:
+        ArtifactError: when the names are not the manifest's.
+    """
+    if not isinstance(given, Mapping):
+        return tuple(given)
+    names = [spec.name for spec in manifest.inputs]
+    if set(given) != set(names):
+        got = ", ".join(map(str, given)) or "none"
+        raise ArtifactError(f"inputs: expected {', '.join(names)}, got {got}. Give each of these names, and no other.")
+    return tuple(given[name] for name in names)
+
+
+def check_tokenizer(manifest: Manifest) -> None:
+    """Refuse text where there is no tokenizer.
+
+    Raises:
+        ArtifactError: when the artefact holds none.
+    """
+    if not preprocesses_text(manifest.preprocessing or {}):
+        raise ArtifactError(
+            f"{manifest.name}: expected an artefact that holds a tokenizer, got none. Give arrays by name, or export "
+            "from data that hand theirs over, as compress.data.SST2 does."
+        )
+
+
+def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    try:
+        with np.errstate(invalid="ignore"):
+            cast = array.astype(spec.dtype)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{spec.name}: expected numbers, got {error}. Correct them.") from error
+    if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
+        raise ArtifactError(f"{spec.name}: expected whole numbers of {spec.dtype}, got others. Give tokens, say.")
+    return cast
