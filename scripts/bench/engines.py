@@ -85,7 +85,7 @@ def compared(name: str, precision: str, arguments: argparse.Namespace) -> list[R
         for batch in BATCHES:
             medians, reasons = in_turn(inputs(batch), found, missing, seconds=arguments.seconds)
             rows += as_rows(case.format(batch=batch), medians, reasons)
-            rows += _compared(case.format(batch=batch), medians)
+            rows += _compared(case.format(batch=batch), medians, auto.engine_for(batch))
     return rows
 
 
@@ -206,10 +206,10 @@ def _served(model: CompactModel) -> Make:
     return lambda batch: lambda x: model(x.numpy())
 
 
-def _compared(case: str, medians: Mapping[str, float]) -> list[Row]:
+def _compared(case: str, medians: Mapping[str, float], serving: str) -> list[Row]:
     others = {name: value for name, value in medians.items() if name != "auto"}
     fastest = min(others, key=others.__getitem__)
-    rows = [Row(f"{case}/auto", "time / fastest", medians["auto"] / others[fastest], "ratio", fastest)]
+    rows = [Row(f"{case}/auto", "time / fastest", medians["auto"] / others[fastest], "ratio", f"{serving} / {fastest}")]
     for engine, tools in OWN.items():
         for tool in tools:
             if engine in medians and tool in medians:

@@ -59,6 +59,15 @@ def test_a_buffer_that_does_not_fit_is_refused(out: Any, text: str) -> None:
         doubling()(np.ones((5, 3), dtype=np.float32), out=out)
 
 
+def test_what_fitted_once_lets_nothing_else_pass(model: CompactModel) -> None:
+    x = quantized().inputs[:2]
+    wanted = model(x)
+    for wrong in (x.double(), x[:, :, 1:], x[:0], x.tolist()):
+        with pytest.raises(ArtifactError, match="expected"):
+            model(wrong)
+        torch.testing.assert_close(model(x), wanted)
+
+
 class Doubling:
     """An engine that refuses large batches."""
 
