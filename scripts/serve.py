@@ -3,9 +3,10 @@
     python scripts/serve.py runs/digits/<time>/artifact --port 8000
     curl 127.0.0.1:8000/predict -H 'content-type: application/json' -d '{"inputs": [[0, 3, ...], ...]}'
 
-POST /predict takes one raw sample as nested lists and gives its label and probabilities; GET /health says whether the
-server is ready. A sample of another shape, or with values that are no numbers, gets status 422 and never meets others.
-Where sizes may vary, samples of one shape become one batch: none is padded.
+POST /predict takes one raw sample as nested lists, or as a text where the artefact holds a tokenizer, and gives its
+label and probabilities; GET /health says whether the server is ready. A sample of another shape, or with values that
+are no numbers, gets status 422 and never meets others. Where sizes may vary, samples of one shape become one batch:
+none is padded.
 """
 
 import argparse
@@ -24,27 +25,35 @@ from pydantic import BaseModel, field_validator
 import compress
 from compress.errors import CompressError
 from compress.runtime.inputs import preprocess
-from compress.runtime.manifest import Manifest, read_manifest
+from compress.runtime.manifest import Manifest, preprocesses_text, read_manifest
 from compress.runtime.sizes import wrong_size
+from compress.runtime.text import Encode, make_encoder
 
+Sample = np.ndarray | str
 _SERVED = "COMPRESS_SERVED"
 
 
 class Query(BaseModel):
     """One raw sample; checked where requests arrive, since a batch succeeds or fails as a whole."""
 
-    inputs: list[Any]
+    inputs: list[Any] | str
 
     @field_validator("inputs")
     @classmethod
-    def fits(cls, value: list[Any]) -> list[Any]:
+    def fits(cls, value: list[Any] | str) -> list[Any] | str:
         """Refuse what the network cannot take.
 
         Raises:
             ValueError: which becomes status 422.
         """
         manifest = _manifest(os.environ[_SERVED])
+        reads = preprocesses_text(manifest.preprocessing or {})
+        if reads != isinstance(value, str):
+            raise ValueError(f"expected {'a text' if reads else 'nested lists of numbers'}, got another kind")
         try:
+            if isinstance(value, str):
+                _encoder(os.environ[_SERVED])([value])
+                return value
             sample = np.asarray(value, dtype=np.float64)
             given = preprocess(sample[None], manifest)
         except (TypeError, ValueError, OverflowError) as error:
@@ -81,20 +90,21 @@ class Served(litserve.LitAPI):
         """Load the artefact in the process that runs it."""
         self.model = compress.load(self.path, engine=self.engine, trust=self.trust)
 
-    def decode_request(self, request: Query) -> np.ndarray:
+    def decode_request(self, request: Query) -> Sample:
         """Return the sample."""
-        return np.asarray(request.inputs)
+        return request.inputs if isinstance(request.inputs, str) else np.asarray(request.inputs)
 
-    def batch(self, inputs: list[np.ndarray]) -> list[np.ndarray]:
+    def batch(self, inputs: list[Sample]) -> list[Sample]:
         """Leave samples as they are: they need not have one shape."""
         return inputs
 
-    def predict(self, samples: list[np.ndarray]) -> list[tuple[Any, np.ndarray]]:
-        """Return label and probabilities of each sample; those of one shape run at once."""
+    def predict(self, samples: list[Sample]) -> list[tuple[Any, np.ndarray]]:
+        """Return label and probabilities of each sample; those of one shape run at once, and so do all texts."""
         found: dict[int, tuple[Any, np.ndarray]] = {}
-        for shape in {sample.shape for sample in samples}:
-            places = [place for place, sample in enumerate(samples) if sample.shape == shape]
-            labels, probabilities = self.model.predict(np.stack([samples[place] for place in places]))
+        for shape in {np.shape(sample) for sample in samples}:
+            places = [place for place, sample in enumerate(samples) if np.shape(sample) == shape]
+            some = [samples[place] for place in places]
+            labels, probabilities = self.model.predict(some if isinstance(some[0], str) else np.stack(some))
             found.update(zip(places, zip(labels, probabilities)))
         return [found[place] for place in range(len(samples))]
 
@@ -131,9 +141,13 @@ def main() -> None:
     if options.max_batch_size < 2:
         parser.error(f"--max_batch_size: expected at least 2, got {options.max_batch_size}. Use 32.")
     try:
-        read_manifest(path)
+        manifest = read_manifest(path)
     except CompressError as error:
         parser.error(str(error))
+    if len(manifest.inputs) > 1 and not preprocesses_text(manifest.preprocessing or {}):
+        parser.error(
+            f"{path}: expected an artefact of one input, or with a tokenizer, got {len(manifest.inputs)} inputs."
+        )
     os.environ[_SERVED] = str(path.resolve())
     api = Served(
         str(path.resolve()),
@@ -150,6 +164,12 @@ def main() -> None:
 @functools.cache
 def _manifest(path: str) -> Manifest:
     return read_manifest(path)
+
+
+@functools.cache
+def _encoder(path: str) -> Encode:
+    steps = _manifest(path).preprocessing or {}
+    return make_encoder((Path(path) / steps["tokenizer"]).read_text(encoding="utf-8"), steps)
 
 
 if __name__ == "__main__":

@@ -96,8 +96,8 @@ def test_a_folder_gives_the_tokens_that_transformers_gives(tmp_path: Path, sides
     transformers = pytest.importorskip("transformers")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fine", "film", "a", "##s", ","]
     (tmp_path / "vocab.txt").write_text("\n".join(vocabulary))
-    reference = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"))
-    reference.padding_side, reference.truncation_side = sides
+    where = {"padding_side": sides[0], "truncation_side": sides[1]}
+    reference = transformers.BertTokenizerFast(str(tmp_path / "vocab.txt"), **where)
     reference.save_pretrained(tmp_path / "folder")
     tokenizer = Tokenizer(str(tmp_path / "folder"), 6, inputs=("ids", "mask", "type_ids"))
     wanted = reference([*TEXTS, "Films"], padding="max_length", truncation=True, max_length=6, return_tensors="pt")

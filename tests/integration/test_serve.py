@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -25,7 +26,7 @@ from compress.models import LSTMClassifier
 from compress.runtime import load
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length
-from tests.export.programs import artifact
+from tests.export.programs import artifact, edit, reviews
 
 pytest.importorskip("litserve", reason="serving needs the extra 'serve'")
 
@@ -149,16 +150,36 @@ def test_samples_of_several_lengths_come_together_and_none_is_padded(tmp_path: P
         assert f"x: expected a size from 2 to 24 in dimension 1, got {size}." in answer["detail"][0]["message"]
 
 
+def test_texts_get_their_labels(tmp_path: Path) -> None:
+    texts = ["a fine film", "dull", "fine " * 20, "never heard of"] * 5
+    bodies = [json.dumps({"inputs": text}) for text in texts]
+    wrong = [json.dumps({"inputs": [2, 4, 6, 3, 0, 0, 0]}), '{"inputs": "\\ud800"}']
+    with served(reviews().artifact, tmp_path) as port, ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda body: ask(port, "POST", "/predict", body), [*bodies, *wrong]))
+    assert [status for status, _ in answers] == [200] * 20 + [422] * 2
+    labels, probabilities = load(reviews().artifact, engine="onnxruntime").predict(texts)
+    assert [answer["label"] for _, answer in answers[:20]] == labels
+    got = np.array([answer["probabilities"] for _, answer in answers[:20]])
+    assert np.allclose(got, probabilities, atol=1e-6)
+    assert "expected a text, got another kind" in answers[20][1]["detail"][0]["message"]
+
+
 def test_other_paths_and_methods(port: int) -> None:
     assert ask(port, "GET", "/health") == (200, "ok")
     assert ask(port, "GET", "/nowhere")[0] == 404
     assert ask(port, "GET", "/predict")[0] == 405
 
 
-def test_what_is_no_artefact_is_said_at_once(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(tmp_path)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    assert done.returncode == 2
-    assert "expected an artefact with a manifest.json, got none" in done.stderr
+def test_what_cannot_be_served_is_said_at_once(tmp_path: Path) -> None:
+    plain = Path(shutil.copytree(reviews().artifact, tmp_path / "plain"))
+    edit(plain, lambda content: content.update(preprocessing=None))
+    for path, message in [
+        (tmp_path, "expected an artefact with a manifest.json, got none"),
+        (plain, "expected an artefact of one input, or with a tokenizer, got 2 inputs"),
+    ]:
+        command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path)]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert done.returncode == 2
+        assert message in " ".join(done.stderr.split())
