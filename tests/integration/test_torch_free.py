@@ -1,4 +1,4 @@
-"""An artefact is served in an environment with ONNX Runtime, numpy and this package without its dependencies."""
+"""Artefacts are served where there are ONNX Runtime, numpy, tokenizers, and this package without its dependencies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.export.programs import LABELS, artifact, quantized
+from tests.export.programs import LABELS, artifact, quantized, reviews
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -31,22 +31,45 @@ print(json.dumps({"engine": model.engine, "outputs": model(inputs).tolist(), "la
 """
 
 
+TEXTS = """
+import json, sys
+import compress.runtime
+model = compress.runtime.load(sys.argv[1])
+print(json.dumps({"labels": model.predict(sys.argv[2:])[0], "torch": "torch" in sys.modules}))
+"""
+
+
+@pytest.fixture(scope="module")
+def python(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the Python of a fresh environment."""
+    folder = tmp_path_factory.mktemp("fresh")
+    python = str(folder / "venv" / "bin" / "python")
+    run([sys.executable, "-m", "venv", str(folder / "venv")])
+    run([python, "-m", "pip", "install", "-q", "onnxruntime", "numpy", "tokenizers"])
+    run([python, "-m", "pip", "install", "-q", "--no-deps", str(ROOT)])
+    installed = run([python, "-m", "pip", "list"]).lower()
+    assert "torch" not in installed
+    assert "transformers" not in installed
+    return python
+
+
 @pytest.mark.slow  # installs packages
-def test_a_fresh_environment_without_torch_serves(tmp_path: Path) -> None:
-    python = tmp_path / "venv" / "bin" / "python"
-    run([sys.executable, "-m", "venv", str(tmp_path / "venv")])
-    run([str(python), "-m", "pip", "install", "-q", "onnxruntime", "numpy"])
-    run([str(python), "-m", "pip", "install", "-q", "--no-deps", str(ROOT)])
-    assert "torch" not in run([str(python), "-m", "pip", "list"]).lower()
+def test_a_fresh_environment_without_torch_serves(python: str, tmp_path: Path) -> None:
     inputs = quantized().inputs[:9]
     np.save(tmp_path / "inputs.npy", inputs.numpy())
-    found = json.loads(run([str(python), "-W", "ignore", "-c", SERVE, str(artifact()), str(tmp_path / "inputs.npy")]))
+    found = json.loads(run([python, "-W", "ignore", "-c", SERVE, str(artifact()), str(tmp_path / "inputs.npy")]))
     assert (found["engine"], found["torch"]) == ("onnxruntime", False)
     assert set(found["labels"]) <= set(LABELS)
     with torch.no_grad():
         wanted = quantized().reference(inputs)
     assert torch.linalg.norm(torch.tensor(found["outputs"]) - wanted) < 0.05 * torch.linalg.norm(wanted)
     print("import compress.runtime beyond onnxruntime:", found["seconds"])
+
+
+@pytest.mark.slow  # installs packages
+def test_a_fresh_environment_without_torch_and_transformers_reads_texts(python: str) -> None:
+    found = json.loads(run([python, "-W", "ignore", "-c", TEXTS, str(reviews().artifact), "a fine film", "dull"]))
+    assert found == {"labels": ["good", "bad"], "torch": False}
 
 
 def run(command: list[str]) -> str:
