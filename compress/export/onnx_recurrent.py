@@ -1,7 +1,8 @@
-"""LSTMs with integer weights in an ONNX file as ONNX Runtime's operator that computes both products in integers.
+"""LSTMs and GRUs with integer weights in an ONNX file as what ONNX Runtime computes in integers.
 
 ONNX itself has no recurrent operator on integers. ``com.microsoft.DynamicQuantizeLSTM`` takes int8 weights with a scale
-for each row, and quantises inputs and hidden states to uint8 by their extremes as it goes.
+for each row, and quantises inputs and hidden states to uint8 by their extremes as it goes. A GRU becomes
+products.
 """
 
 from __future__ import annotations
@@ -12,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compress.export.onnx_graph import OnnxGraph
+from compress.export.onnx_gru import DOMAIN, Rows, scan_gru
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
 __all__ = ["quantize_recurrent"]
 
-_DOMAIN = "com.microsoft"
-
 
 def quantize_recurrent(model: ModelProto) -> int:
-    """Rewrite each LSTM whose weights are dequantised integers, in place.
+    """Rewrite each LSTM and each GRU whose weights are dequantised integers, in place.
 
     Args:
         model: As exported; its weights may be reordered on the way by slices and concatenations.
@@ -33,39 +33,48 @@ def quantize_recurrent(model: ModelProto) -> int:
     from onnx import helper
 
     graph = OnnxGraph(model)
-    num = sum(_rewrite(graph, node) for node in graph.nodes if node.op_type == "LSTM")
+    num = sum(_rewrite(graph, node) for node in list(graph.nodes) if node.op_type in _KINDS)
     if num:
         graph.finish()
         _drop_unread(graph)
-        if all(entry.domain != _DOMAIN for entry in model.opset_import):
-            model.opset_import.append(helper.make_opsetid(_DOMAIN, 1))
+        if all(entry.domain != DOMAIN for entry in model.opset_import):
+            model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     return num
 
 
 def _rewrite(graph: OnnxGraph, node: NodeProto) -> bool:
-    layout = [attribute for attribute in node.attribute if attribute.name == "layout"]
-    if any(attribute.i for attribute in layout):
+    if any(attribute.name == "layout" and attribute.i for attribute in node.attribute):
         return False
-    found = [_integers(graph, name) for name in node.input[1:3]]
-    if any(entry is None for entry in found):
-        return False
+    inputs, states = (_integers(graph, name) for name in node.input[1:3])
+    return inputs is not None and states is not None and _KINDS[node.op_type](graph, node, (inputs, states))
+
+
+def _lstm(graph: OnnxGraph, node: NodeProto, weights: tuple[Rows, Rows]) -> bool:
     inputs = [*node.input, *[""] * (8 - len(node.input))]
     scales: list[str] = []
-    for place, entry in enumerate(found, 1):
-        assert entry is not None
-        values, rows = entry  # (directions, 4 * hidden, inputs), (directions, 4 * hidden)
+    for place, rows in enumerate(weights, 1):
         name = f"{node.output[0]}_{'wr'[place - 1]}"
-        inputs[place] = graph.constant(name, np.ascontiguousarray(values.transpose(0, 2, 1)))
-        scales += [graph.constant(f"{name}_scale", rows), graph.constant(f"{name}_zero", np.zeros(rows.shape, np.int8))]
-    for attribute in layout:  # which that operator does not know
-        node.attribute.remove(attribute)
+        inputs[place] = graph.constant(name, np.ascontiguousarray(rows.values.transpose(0, 2, 1)))
+        zeros = np.zeros(rows.scales.shape, np.int8)
+        scales += [graph.constant(f"{name}_scale", rows.scales), graph.constant(f"{name}_zero", zeros)]
+    for attribute in [attribute for attribute in node.attribute if attribute.name == "layout"]:
+        node.attribute.remove(attribute)  # which that operator does not know
     del node.input[:]
     node.input.extend([*inputs, *scales])
-    node.op_type, node.domain = "DynamicQuantizeLSTM", _DOMAIN
+    node.op_type, node.domain = "DynamicQuantizeLSTM", DOMAIN
     return True
 
 
-def _integers(graph: OnnxGraph, name: str) -> tuple[np.ndarray, np.ndarray] | None:
+def _gru(graph: OnnxGraph, node: NodeProto, weights: tuple[Rows, Rows]) -> bool:
+    has_biases = len(node.input) > 3 and node.input[3] != ""
+    biases = _evaluate(graph, node.input[3], lambda _: None) if has_biases else None
+    return (biases is not None or not has_biases) and scan_gru(graph, node, weights, biases)
+
+
+_KINDS: dict[str, Callable[[OnnxGraph, NodeProto, tuple[Rows, Rows]], bool]] = {"LSTM": _lstm, "GRU": _gru}
+
+
+def _integers(graph: OnnxGraph, name: str) -> Rows | None:
     """Return a weight's integers and the scale of each row, where it is made of dequantised int8 alone."""
 
     def integers(node: NodeProto) -> np.ndarray | None:
@@ -82,7 +91,7 @@ def _integers(graph: OnnxGraph, name: str) -> tuple[np.ndarray, np.ndarray] | No
     values, rows = _evaluate(graph, name, integers), _evaluate(graph, name, scales)
     if values is None or rows is None or values.dtype != np.int8:
         return None
-    return values, np.ascontiguousarray(rows[..., 0])
+    return Rows(values, np.ascontiguousarray(rows[..., 0]))
 
 
 def _evaluate(graph: OnnxGraph, name: str, leaf: Callable[[NodeProto], np.ndarray | None]) -> np.ndarray | None:

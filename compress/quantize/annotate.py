@@ -1,7 +1,8 @@
 """What PT2E's x86 quantizer leaves out, although some engine computes it in integers.
 
 ONNX Runtime has an LSTM that computes its products in integers (``DynamicQuantizeLSTM``), and convolutions of
-volumes like those of images.
+volumes like those of images. A GRU becomes integer products there and, step by step, what stands between them; that
+pays where the products are large.
 """
 
 from __future__ import annotations
@@ -12,21 +13,26 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["PRODUCTS", "annotate_rest", "layer_of", "weights_of"]
+__all__ = ["FEWEST_UNITS", "PRODUCTS", "RECURRENT", "annotate_rest", "is_product", "is_small", "layer_of", "weights_of"]
 
 _aten = torch.ops.aten
 _NOTE = "quantization_annotation"
 
-PRODUCTS = frozenset(
+RECURRENT = frozenset({_aten.lstm.input, _aten.gru.input})
+"""Those among ``PRODUCTS`` whose inputs are quantised by the engine, step by step."""
+
+PRODUCTS = RECURRENT | frozenset(
     {
         _aten.conv1d.default,
         _aten.conv2d.default,
         _aten.conv3d.default,
         _aten.linear.default,
-        _aten.lstm.input,
     }
 )
 """Operators with weights that can become integers."""
+
+FEWEST_UNITS = 256
+"""Of a GRU in integers; with 128, ONNX Runtime takes longer than in float32 (``scripts/bench/RESULTS.md``)."""
 
 
 def annotate_rest(graph_module: GraphModule, config: Any, keep: Collection[str] = ()) -> None:
@@ -41,12 +47,22 @@ def annotate_rest(graph_module: GraphModule, config: Any, keep: Collection[str] 
 
     for node in graph_module.graph.nodes:
         find = _FACTORS.get(node.target)
-        if find is None or layer_of(node) in keep or node.meta.get(_NOTE) is not None:
+        if find is None or is_small(node) or layer_of(node) in keep or node.meta.get(_NOTE) is not None:
             continue
         activations, weights = find(node)
         noted = {**dict.fromkeys(activations, config.input_activation), **dict.fromkeys(weights, config.weight)}
         if noted and all(spec is not None for spec in noted.values()):
             node.meta[_NOTE] = QuantizationAnnotation(input_qspec_map=noted, _annotated=True)
+
+
+def is_product(node: Node) -> bool:
+    """Say whether a node has weights that can become integers to advantage."""
+    return node.target in PRODUCTS and not is_small(node)
+
+
+def is_small(node: Node) -> bool:
+    """Say whether a node is a GRU of too few units to gain by integers."""
+    return node.target is _aten.gru.input and node.meta["val"][1].shape[-1] < FEWEST_UNITS
 
 
 def layer_of(node: Node) -> str:
@@ -57,12 +73,12 @@ def layer_of(node: Node) -> str:
 
 def weights_of(node: Node) -> list[Any]:
     """Return the weights that a node of ``PRODUCTS`` multiplies by."""
-    if node.target is not _aten.lstm.input:
+    if node.target not in RECURRENT:
         return [node.args[1]]
     given: tuple[Any, ...] = node.args
     parameters, biased, layers, bidirectional = given[2], given[3], given[4], given[7]
     num = len(parameters) // (layers * (2 if bidirectional else 1))
-    # Input weights, hidden weights, their biases; see torch.nn.LSTM.
+    # Input weights, hidden weights, their biases; see torch.nn.LSTM and torch.nn.GRU.
     return [entry for place, entry in enumerate(parameters) if not (biased and place % num in (2, 3))]
 
 
@@ -87,7 +103,7 @@ def _sum(node: Node) -> tuple[list[Node], list[Node]]:
 
 _MAKE_VOLUMES = (_aten.conv3d.default, _aten.batch_norm.default)
 _FACTORS: dict[Any, Callable[[Node], tuple[list[Node], list[Node]]]] = {
-    _aten.lstm.input: _recurrent,
+    **dict.fromkeys(RECURRENT, _recurrent),
     _aten.conv3d.default: _volume,
     _aten.add.Tensor: _sum,
     _aten.add_.Tensor: _sum,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from compress.quantize.annotate import layer_of, weights_of
+from compress.quantize.annotate import FEWEST_UNITS, is_small, layer_of, weights_of
 from compress.surgery import Captured
 
 __all__ = ["Coverage", "Product", "coverage"]
@@ -27,7 +27,8 @@ class Product:
         layer: Module of the network whose code calls it.
         operator: What is called, as ``conv2d``.
         macs: Multiply-accumulates for the inputs given.
-        integer: Whether its factors pass fake quantizers; of an LSTM the weights, since the engine quantises the rest.
+        integer: Whether its factors pass fake quantizers; of a recurrent layer the weights, since the engine
+            quantises the rest.
         reason: Why it stays in floating point; empty for integers.
     """
 
@@ -104,7 +105,7 @@ class _Counter(Interpreter):
             args, _ = self.fetch_args_kwargs_from_env(n)
             integer = all(self._is_rounded(factor) for factor in counted.factors(n))
             output = result[0] if isinstance(result, tuple) else result
-            reason = "" if integer else counted.reason
+            reason = "" if integer else _SMALL if is_small(n) else counted.reason
             macs = counted.macs(args, output)
             self.products.append(Product(layer_of(n), str(n.target).split(".")[1], macs, integer, reason))
         return result
@@ -172,6 +173,7 @@ _KEPT = "kept in floating point by the scheme or by name, or its weight depends 
 _DATA = "a product of two activations"
 _TRANSPOSED = "a transposed convolution, which ONNX Runtime and Inductor have in floats alone"
 _WHOLE = "attention in one kernel"
+_SMALL = f"a GRU of fewer than {FEWEST_UNITS} units, which is not faster in integers"
 
 _COUNTED: dict[Any, _Counted] = {
     _aten.linear.default: _Counted(_linear, _first_two, _KEPT),
@@ -189,7 +191,7 @@ _COUNTED: dict[Any, _Counted] = {
     _aten.einsum.default: _Counted(_einsum, _nothing, _DATA),
     _aten.scaled_dot_product_attention.default: _Counted(_attention, _nothing, _WHOLE),
     _aten.lstm.input: _Counted(_recurrent, weights_of, _KEPT),
-    _aten.gru.input: _Counted(_recurrent, _nothing, "a GRU, which no engine has in integers"),
+    _aten.gru.input: _Counted(_recurrent, weights_of, _KEPT),
     _aten.rnn_tanh.input: _Counted(_recurrent, _nothing, "a plain recurrent layer, which no engine has in integers"),
     _aten.rnn_relu.input: _Counted(_recurrent, _nothing, "a plain recurrent layer, which no engine has in integers"),
 }

@@ -15,7 +15,7 @@ from typing import Any
 from torch.fx import Node
 
 from compress.errors import RecipeError
-from compress.quantize.annotate import PRODUCTS, layer_of, weights_of
+from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.surgery import Captured
 
 __all__ = ["Stages", "quantizers", "set_bits"]
@@ -100,7 +100,7 @@ def quantizers(prepared: Captured, order: Sequence[str] = ()) -> list[list[Any]]
     places: dict[int, int] = {}
     layers = []
     for node in prepared.graph_module.graph.nodes:
-        if node.target not in PRODUCTS:
+        if not is_product(node):
             continue
         factors = [node.args[0], *weights_of(node)]
         own = [_module(prepared, factor) for factor in factors]

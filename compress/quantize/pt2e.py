@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError
-from compress.quantize.annotate import PRODUCTS, layer_of, weights_of
+from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
 from compress.quantize.fold import fold_norms, hide_norms, show_norms, store_weights
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
@@ -155,10 +155,10 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
 
 
 def num_quantized(prepared: Captured) -> int:
-    """Count the convolutions, matrix products and LSTMs whose weights pass fake quantizers."""
+    """Count the convolutions, matrix products and recurrent layers whose weights pass fake quantizers."""
     graph_module = prepared.graph_module
     return sum(
-        node.target in PRODUCTS and all(_is_fake_quantizer(graph_module, weight) for weight in weights_of(node))
+        is_product(node) and all(_is_fake_quantizer(graph_module, weight) for weight in weights_of(node))
         for node in graph_module.graph.nodes
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from compress.quantize.annotate import PRODUCTS, annotate_rest, layer_of, weights_of
+from compress.quantize.annotate import RECURRENT, annotate_rest, is_product, layer_of, weights_of
 from compress.quantize.layers import Assignment
 from compress.quantize.schemes import FLOAT, Scheme
 from compress.quantize.specs import activation_spec, weight_spec, x86_config
@@ -89,7 +89,7 @@ def _products_alone(schemes: Mapping[str, Scheme]) -> Any:
 
 
 def _products(graph_module: GraphModule) -> list[Node]:
-    return [node for node in graph_module.graph.nodes if node.target in PRODUCTS]
+    return [node for node in graph_module.graph.nodes if is_product(node)]
 
 
 def _note(node: Node, note: Any, schemes: Mapping[str, Scheme]) -> None:
@@ -97,8 +97,7 @@ def _note(node: Node, note: Any, schemes: Mapping[str, Scheme]) -> None:
     scheme = schemes[layer_of(node)]
     if scheme.linear_only and node.target is not _LINEAR:
         scheme = FLOAT
-    # What an LSTM takes its engine rounds, step by step.
-    inputs = [] if node.target is torch.ops.aten.lstm.input else [node.args[0]]
+    inputs = [] if node.target in RECURRENT else [node.args[0]]
     wanted = dict.fromkeys(inputs, activation_spec(scheme)) | dict.fromkeys(weights_of(node), weight_spec(scheme))
     note.input_qspec_map = {**note.input_qspec_map, **wanted}
     node.meta[_NOTE] = note

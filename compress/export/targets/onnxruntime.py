@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.export import ExportedProgram
 
@@ -13,6 +14,9 @@ from compress.errors import MissingPackageError
 from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, NodeProto
 
 __all__ = ["FILE", "build", "census", "requires"]
 
@@ -26,6 +30,7 @@ _INT8 = {
     "ConvInteger",
     "MatMulInteger",
     "QAttention",
+    "DynamicQuantizeMatMul",
     "DynamicQuantizeLSTM",
 }
 _FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU"}
@@ -57,10 +62,19 @@ def census(path: Path) -> Census:
         options.log_severity_level = 3
         options.optimized_model_filepath = str(optimised)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        counts = Counter(node.op_type for node in onnx.load(str(optimised), load_external_data=False).graph.node)
+        counts = Counter(node.op_type for node in _nodes(onnx.load(str(optimised), load_external_data=False).graph))
     int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
     kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
     return Census(int8, floats, kept, counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"])
+
+
+def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """Yield the nodes of a graph and of those within it, as the body of a loop."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
 
 
 def requires() -> dict[str, Any]:
