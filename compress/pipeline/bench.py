@@ -13,6 +13,7 @@ from compress.measure.cost import macs, num_bytes, num_params
 from compress.measure.latency import measure_latency
 from compress.measure.memory import peak_memory, peak_memory_of
 from compress.pipeline.rundir import RunDirectory
+from compress.quantize import rounded_layers
 from compress.runtime import CompactModel, load
 from compress.runtime.engines import READS
 from compress.surgery import Captured
@@ -41,7 +42,7 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     for stage, network in networks.items():
         results[stage] = {
             **_cost(network, sample),
-            "peak_memory": None if isinstance(network, Captured) else peak_memory_of(network, sample),
+            "peak_memory": None if _is_quantized(network) else peak_memory_of(network, sample),
             "latency": [],
         }
     serving = {served.engine_for(batch) for batch in BATCH_SIZES}
@@ -54,7 +55,7 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
         "metrics": _test_served(run, served),
         "latency": [],
     }
-    plain = {stage: network for stage, network in networks.items() if not isinstance(network, Captured)}
+    plain = {stage: network for stage, network in networks.items() if not _is_quantized(network)}
     for batch in BATCH_SIZES:
         for row in _latencies(plain, engines, _first(run, batch), seconds):
             stage = row.pop("stage")
@@ -66,6 +67,11 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
 def _serving_first(rows: list[dict[str, Any]], serves: Callable[[int], str]) -> list[dict[str, Any]]:
     """Return rows in such an order that, of each batch size, what serves it comes first."""
     return sorted(rows, key=lambda row: (row["engine"] != serves(row["batch"]), row["batch"]))
+
+
+def _is_quantized(network: nn.Module) -> bool:
+    """Say whether a network simulates integers, which nobody serves."""
+    return isinstance(network, Captured) or bool(rounded_layers(network))
 
 
 def _first(run: RunDirectory, num: int) -> tuple[Tensor, ...]:

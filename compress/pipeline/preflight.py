@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,9 @@ from torch import Tensor, nn
 
 from compress.data import KeyedDataModule
 from compress.distill import Distiller, read_batch
-from compress.errors import CompressError, DataError, RecipeError
-from compress.quantize import prepare, rehearse_improvements
-from compress.quantize.progressive import quantizers
+from compress.errors import CaptureError, CompressError, DataError, RecipeError
 from compress.recipe import Recipe
+from compress.surgery import Captured
 from compress.surgery.capture import export_program
 
 __all__ = ["load_weights", "preflight"]
@@ -56,11 +56,16 @@ def preflight(recipe: Recipe) -> None:
         recipe.prune.rehearse(student, inputs)
     if recipe.sparsify is not None:
         recipe.sparsify.rehearse(student)
-    if recipe.quantize is not None:
-        rehearse_improvements(copy.deepcopy(student), inputs, recipe.quantize.improve)
-        prepared = prepare(student, inputs, recipe.quantize.assignment)
-        if recipe.quantize.progressive is not None:
-            quantizers(prepared, recipe.quantize.progressive.order)
+    if recipe.quantize is not None and not isinstance(recipe.quantize.rehearse(student, inputs), Captured):
+        _try_to_run(recipe.student, inputs)
+
+
+def _try_to_run(student: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """Warn where a student that is quantised without a graph will have none in the end, either."""
+    try:
+        export_program(copy.deepcopy(student).eval(), inputs, strict=False)
+    except CaptureError as error:
+        warnings.warn(f"export: no artefact can be made of this student, only trained weights. {error}", stacklevel=3)
 
 
 def _two_samples(batch: Any) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -22,9 +22,9 @@ from compress.distill import read_batch
 from compress.errors import RunError
 from compress.pipeline.preflight import preflight
 from compress.prune import replay_prune
-from compress.quantize import convert, replay_quantize
+from compress.quantize import deployed_form, replay_quantize
 from compress.recipe import Recipe, build_recipe, parse_recipe
-from compress.surgery import Captured, History, load_snapshot
+from compress.surgery import History, load_snapshot
 
 __all__ = ["HANDLERS", "RunDirectory", "create_run", "open_run"]
 
@@ -131,8 +131,10 @@ class RunDirectory:
     @cached_property
     def deployed(self) -> nn.Module:
         """The final network in the form that is deployed: integers where it was quantised."""
-        network, _ = self.network("final")
-        return convert(network) if isinstance(network, Captured) else network
+        network, history = self.network("final")
+        if not history.count("quantize"):
+            return network
+        return deployed_form(network, [tensor[:2] for tensor in self.held_out])
 
     def stages(self) -> list[str]:
         """Return the stages of the fit that have a snapshot, in the order of the report."""

@@ -9,7 +9,8 @@ from compress.quantize.calibrate import calibrate
 from compress.quantize.coverage import Coverage, coverage
 from compress.quantize.improve import IMPROVEMENTS, improve_network, improve_prepared, rehearse_improvements
 from compress.quantize.layers import Assignment, make_assignment
-from compress.quantize.pt2e import convert, prepare, replay_quantize
+from compress.quantize.parametrize import make_permanent, parametrize, rounded_layers
+from compress.quantize.pt2e import convert, deployed_form, prepare, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import SCHEMES, Scheme, get_scheme, register
 
@@ -27,14 +28,18 @@ __all__ = [
     "calibrate",
     "convert",
     "coverage",
+    "deployed_form",
     "get_scheme",
     "improve_network",
     "improve_prepared",
     "make_assignment",
+    "make_permanent",
+    "parametrize",
     "prepare",
     "register",
     "rehearse_improvements",
     "replay_quantize",
+    "rounded_layers",
 ]
 
 _LAZY = {"QuantizationAwareTraining": "compress.quantize.callback"}

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from compress.errors import DataError
+from compress.measure.modes import kept_modes
+from compress.quantize.parametrize import rounded_layers
 from compress.quantize.ranges import Grid, Seen, around_zero, choose_range
 from compress.surgery import Captured
 
@@ -21,14 +23,14 @@ Batches = Iterable[Sequence[Tensor]]
 
 
 def calibrate(
-    prepared: Captured, batches: Batches, *, ranges: str = "mse", percentile: float = 99.99, progress: bool = False
+    prepared: nn.Module, batches: Batches, *, ranges: str = "mse", percentile: float = 99.99, progress: bool = False
 ) -> int:
     """Set what the integers of a prepared network stand for: activations by data, weights by their own extremes.
 
     Data passes through the network in floating point and in evaluation; nothing is trained.
 
     Args:
-        prepared: From ``prepare``.
+        prepared: From ``prepare`` or ``parametrize``.
         batches: Inputs of the network, a tuple of tensors each.
         ranges: How a range follows from what was seen, a key of ``RANGES``.
         percentile: How many of the values lie inside a range, for ``ranges="percentile"``.
@@ -42,21 +44,19 @@ def calibrate(
             ranges stay as they were.
         RecipeError: when there is no such method.
     """
-    activations, weights = _fake_quantizers(prepared.graph_module)
+    activations, weights = _fake_quantizers(prepared)
     seen = {name: Seen() for name in activations}
     hooks = [_watch(module, seen[name], name) for name, module in activations.items()]
     num = 0
-    training = prepared.training
     try:
-        with float_mode(prepared.eval()), torch.no_grad():
+        with _evaluating(prepared), float_mode(prepared), torch.no_grad():
             for inputs in track(batches, "calibrating", transient=True, disable=not progress):
-                _check(prepared.graph_module, inputs)
+                _check(prepared, inputs)
                 prepared(*inputs)
                 num += 1
     finally:
         for hook in hooks:
             hook.remove()
-        prepared.train(training).sync_mode()
     if not num:
         raise DataError("calibrate: expected at least one batch, got none. Give the training data's loader.")
     chosen = {
@@ -67,14 +67,18 @@ def calibrate(
     with torch.no_grad():
         for name, (low, high) in chosen.items():
             _set_range(activations[name], torch.tensor(low), torch.tensor(high))
-        _measure_weights(prepared, weights, inputs)
+        if isinstance(prepared, Captured):
+            _measure_weights(prepared, weights, inputs)
+        for name, layer in rounded_layers(prepared).items():
+            if name in chosen or name not in activations:
+                _set_range(weights[name], *_extremes(weights[name], layer._parameters["weight"]))
     return num
 
 
 @contextmanager
-def float_mode(prepared: Captured) -> Iterator[None]:
+def float_mode(prepared: nn.Module) -> Iterator[None]:
     """Let a prepared network compute without rounding or learning ranges, within the context."""
-    modules: list[Any] = [m for m in prepared.graph_module.modules() if hasattr(m, "fake_quant_enabled")]
+    modules: list[Any] = [m for m in prepared.modules() if hasattr(m, "fake_quant_enabled")]
     switches = [switch for module in modules for switch in (module.fake_quant_enabled, module.observer_enabled)]
     before = [int(switch[0]) for switch in switches]
     for switch in switches:
@@ -86,8 +90,23 @@ def float_mode(prepared: Captured) -> Iterator[None]:
             switch[0] = enabled
 
 
-def _fake_quantizers(graph_module: GraphModule) -> tuple[dict[str, Any], dict[str, Any]]:
+@contextmanager
+def _evaluating(prepared: nn.Module) -> Iterator[None]:
+    try:
+        with kept_modes(prepared, training=False):
+            yield
+    finally:
+        if isinstance(prepared, Captured):
+            prepared.sync_mode()
+
+
+def _fake_quantizers(prepared: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return those that data passes through, and those of weights, by name."""
+    if not isinstance(prepared, Captured):
+        layers = rounded_layers(prepared)
+        taken = {name: layer.input_fake_quant for name, layer in layers.items() if layer.input_fake_quant is not None}
+        return taken, {name: layer.weight_fake_quant for name, layer in layers.items()}
+    graph_module = prepared.graph_module
     fed: set[Node] = set()
     found: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     for node in graph_module.graph.nodes:
@@ -113,8 +132,10 @@ def _watch(module: nn.Module, seen: Seen, name: str) -> Any:
     return module.register_forward_pre_hook(hook)
 
 
-def _check(graph_module: GraphModule, inputs: Any) -> None:
-    wanted = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+def _check(prepared: nn.Module, inputs: Any) -> None:
+    if not isinstance(prepared, Captured):
+        return  # its own code says what it takes
+    wanted = [node.meta["val"] for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
     got = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
     shapes = [tuple(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in got]
     expected = [tuple(int(size) for size in value.shape[1:]) for value in wanted]

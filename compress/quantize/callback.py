@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.utilities.rank_zero import rank_zero_info
+from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from compress.errors import DataError, EditError, RecipeError
+from compress.errors import CaptureError, DataError, EditError, RecipeError
 from compress.quantize.calibrate import calibrate
-from compress.quantize.improve import improve_network, improve_prepared, in_order
-from compress.quantize.layers import make_assignment, write_assignment
+from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
+from compress.quantize.layers import Assignment, make_assignment, write_assignment
+from compress.quantize.parametrize import check_schemes, freeze
 from compress.quantize.progressive import Stages, quantizers, set_bits
-from compress.quantize.pt2e import convert, describe_inputs, replay_quantize
+from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
 from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
 from compress.quantize.schemes import Scheme
@@ -51,6 +53,8 @@ class QuantizationAwareTraining(ModelEditor):
             start at the ranges of the first batch, and each joins the group of the optimiser in which
             ``configure_optimizers`` would put it.
         progressive: More bits first, for what has fewer than 8 in the end (``compress.quantize.progressive``).
+        fallback: What to do with a network that PT2E cannot capture or prepare: ``parametrize`` rounds layer by layer
+            (``compress.quantize.parametrize``); by default it is refused with the reason.
         improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
         attribute: Name of the LightningModule's attribute that holds the network.
 
@@ -74,6 +78,7 @@ class QuantizationAwareTraining(ModelEditor):
         learn_steps: bool = False,
         progressive: Stages | None = None,
         improve: Sequence[str] = (),
+        fallback: str | None = None,
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -108,6 +113,9 @@ class QuantizationAwareTraining(ModelEditor):
             )
         if progressive is not None:
             _check_stages(progressive, self.assignment.scheme, start, freeze_batchnorm)
+        if fallback is not None:
+            _check_fallback(fallback, self.assignment, {"learn_steps": learn_steps, "improve": bool(improve)})
+        self.fallback = fallback
         self.progressive = progressive
         self.start = start
         self.freeze_batchnorm = freeze_batchnorm
@@ -116,19 +124,40 @@ class QuantizationAwareTraining(ModelEditor):
         self.learn_steps = learn_steps
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
         self.improve = in_order(improve)
-        self._trained: Captured | None = None
-        self._grouped: tuple[Captured, list[list[Any]]] | None = None
+        self._trained: tuple[nn.Module, Edit] | None = None
+        self._grouped: tuple[nn.Module, list[list[Any]]] | None = None
+        self._frozen = False
 
     @cached_property
-    def converted(self) -> Captured:
+    def converted(self) -> nn.Module:
         """The integer network, after the fit; the LightningModule keeps the trained form, which checkpoints can hold.
+
+        It is a graph (``Captured``), except after a fallback where not even running the network's code gives one.
 
         Raises:
             EditError: when there has been no fit that reached ``start``.
         """
         if self._trained is None:
             raise EditError("quantize: expected a finished fit to convert, got none. Call trainer.fit first.")
-        return convert(self._trained)
+        network, edit = self._trained
+        return deployed_form(network, example_tensors(edit))
+
+    def rehearse(self, network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+        """Do to a network what the fit will do to it, and return it.
+
+        Args:
+            network: It changes: give a copy.
+            inputs: Example inputs, two samples each.
+
+        Raises:
+            CaptureError: when it cannot be quantised.
+            RecipeError: when a pattern matches no layer, or an improvement finds nothing to work on.
+        """
+        rehearse_improvements(copy.deepcopy(network), inputs, self.improve)
+        prepared = replay_quantize(network, self._plan(network, inputs))
+        if self.progressive is not None:
+            quantizers(prepared, self.progressive.order)
+        return prepared
 
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
         """Capture and prepare the network; learned steps start from the batch at hand, on every rank from rank 0's."""
@@ -146,28 +175,29 @@ class QuantizationAwareTraining(ModelEditor):
         now = progress(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0 and now >= self.start:
             self._quantize_once(trainer, pl_module, batch)
-        network = self.network(pl_module)
-        if isinstance(network, Captured):
-            network.freeze_batchnorm = now >= self.freeze_batchnorm
+        if _is_quantized(pl_module):
+            network = self.network(pl_module)
+            self._frozen = now >= self.freeze_batchnorm
+            freeze(network, self._frozen)
             self._set_bits(network, now)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make ranges and BatchNorm statistics those of rank 0 on every rank, after each batch."""
-        network = self.network(pl_module)
-        if trainer.world_size > 1 and isinstance(network, Captured) and not network.freeze_batchnorm:
-            follow_first_rank(network)
+        if trainer.world_size > 1 and _is_quantized(pl_module) and not self._frozen:
+            follow_first_rank(self.network(pl_module))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""
-        if self.start == 1 and not history_of(pl_module).count(self.kind):
+        if self.start == 1 and not _is_quantized(pl_module):
             self._calibrate(trainer, pl_module)
-        network = self.network(pl_module)
-        if isinstance(network, Captured):
-            self._set_bits(network, 1.0)
         self.__dict__.pop("converted", None)
-        self._trained = network if isinstance(network, Captured) else None
+        self._trained = None
+        if _is_quantized(pl_module):
+            network = self.network(pl_module)
+            self._set_bits(network, 1.0)
+            self._trained = network, list(history_of(pl_module))[-1]
 
-    def _set_bits(self, network: Captured, now: float) -> None:
+    def _set_bits(self, network: nn.Module, now: float) -> None:
         if self.progressive is None:
             return
         if self._grouped is None or self._grouped[0] is not network:
@@ -176,20 +206,31 @@ class QuantizationAwareTraining(ModelEditor):
             set_bits(group, self.progressive.bits_at(now, place))
 
     def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        if history_of(pl_module).count(self.kind):
+        if _is_quantized(pl_module):
             return
-        data = {
-            **write_assignment(self.assignment),
-            "inputs": describe_inputs(example_inputs(pl_module, batch)),
-            "shapes": shapes_of(self.network(pl_module), {}),
-            "learn_steps": self.learn_steps,
-        }
         if self.learn_steps:
             self._first = trainer, inputs_of(batch, otherwise="Leave learn_steps out.")
         try:
-            self.edit(trainer, pl_module, lambda: Edit(self.kind, data))
+            inputs = example_inputs(pl_module, batch)
+            self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs))
         finally:
             self._first = None
+
+    def _plan(self, network: nn.Module, inputs: Sequence[Tensor]) -> Edit:
+        data = {
+            **write_assignment(self.assignment),
+            "inputs": describe_inputs(inputs),
+            "shapes": shapes_of(network, {}),
+            "learn_steps": self.learn_steps,
+        }
+        if self.fallback is not None:
+            try:
+                prepare(network, inputs, self.assignment)
+            except CaptureError as error:
+                reason = str(error).removesuffix(WAY_OUT)
+                rank_zero_warn(f"quantize.fallback: layers are rounded one by one, without a graph. {reason}")
+                data["fallback"] = self.fallback
+        return Edit(self.kind, data)
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""
@@ -207,14 +248,29 @@ class QuantizationAwareTraining(ModelEditor):
             improved = improve_network(self.network(pl_module), data, self.improve)
         self._quantize_once(trainer, pl_module, [first if len(first) > 1 else first[0]])
         network = self.network(pl_module)
-        assert isinstance(network, Captured)
         shown = trainer.is_global_zero and bool(trainer.progress_bar_callback)
         calibrate(network, data, ranges=self.ranges, progress=shown)
         if isinstance(data, list):
+            assert isinstance(network, Captured)
             improved |= improve_prepared(network, data, self.improve, progress=shown)
             rank_zero_info("quantize.improve: " + ", ".join(f"{name} {num}" for name, num in improved.items()))
             _share(trainer, dict(network.named_parameters()))
         _share_ranges(trainer, network)
+
+
+def _is_quantized(pl_module: pl.LightningModule) -> bool:
+    return history_of(pl_module).count(QuantizationAwareTraining.kind) > 0
+
+
+def _check_fallback(fallback: str, assignment: Assignment, others: Mapping[str, bool]) -> None:
+    if fallback != "parametrize":
+        raise RecipeError(f"quantize.fallback: expected parametrize or null, got {fallback!r}. Choose one.")
+    check_schemes(assignment)
+    if given := [f"quantize.{key}" for key, value in others.items() if value]:
+        raise RecipeError(
+            f"quantize.fallback: expected none of what needs a graph beside it, got {', '.join(given)}. "
+            "Leave one of the two out."
+        )
 
 
 def _check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -> None:

@@ -14,9 +14,21 @@ from torch.fx import GraphModule, Node
 
 from compress.quantize.normalize import parameters_alone
 
-__all__ = ["fold_norms", "hide_norms", "show_norms", "store_weights"]
+__all__ = ["drop_unused", "fold_into_scales", "fold_norms", "hide_norms", "show_norms", "store_weights"]
 
 _aten = torch.ops.aten
+_LAYERS = {
+    _aten.linear.default,
+    _aten.conv1d.default,
+    _aten.conv2d.default,
+    _aten.conv3d.default,
+    _aten.conv1d.padding,
+    _aten.conv2d.padding,
+    _aten.conv3d.padding,
+    _aten.conv_transpose1d.default,
+    _aten.conv_transpose2d.input,
+    _aten.conv_transpose3d.input,
+}
 
 
 def fold_norms(graph_module: GraphModule) -> None:
@@ -47,6 +59,41 @@ def fold_norms(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
+def fold_into_scales(graph_module: GraphModule) -> None:
+    """Fold BatchNorms in evaluation into the scales of the integers that the layers in front multiply by, in place.
+
+    ``norm(conv(x, s * q) + b)`` is ``conv(x, f * s * q) + (b - mean) * f + beta``, f the norm's scale. Where f is
+    negative, integers change their sign; a norm stays where the least of them, which has no counterpart, would have to.
+    """
+    for norm in [node for node in graph_module.graph.nodes if node.target is _aten.batch_norm.default]:
+        layer: Any = norm.args[0]
+        _, gamma, beta, mean, var, training, _, eps, *_ = [
+            _value(graph_module, given) for given in (None, *norm.args[1:])
+        ]
+        if training or mean is None or not _multiplies_integers(layer):
+            continue
+        integers, scale, zero, axis, low, *kind = layer.args[1].args
+        q, s = _value(graph_module, integers), _value(graph_module, scale).double()
+        bias = _value(graph_module, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else 0
+        f = (1 if gamma is None else gamma.double()) / torch.sqrt(var.double() + eps)
+        sign = f.sign().view([-1 if dim == axis else 1 for dim in range(q.dim())])
+        if bool(((sign < 0) & (q == low)).any()):
+            continue
+        shift = (bias - mean.double()) * f + (0 if beta is None else beta)
+        with graph_module.graph.inserting_before(layer):
+            turned = _stored(graph_module, integers, (q * sign).to(q.dtype))
+            folded = _stored(graph_module, scale, torch.where(f == 0, s, s * f.abs()).float())
+            weight = graph_module.graph.call_function(
+                torch.ops.quantized_decomposed.dequantize_per_channel.default,
+                (turned, folded, zero, axis, low, *kind),
+            )
+            layer.args = (layer.args[0], weight, _stored(graph_module, norm, shift.float()), *layer.args[3:])
+        norm.replace_all_uses_with(layer)
+        graph_module.graph.erase_node(norm)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
 def store_weights(graph_module: GraphModule) -> None:
     """Compute what fake quantizers round where it follows from parameters by other operators, in place."""
     fixed = parameters_alone(graph_module)
@@ -71,6 +118,14 @@ def show_norms(graph_module: GraphModule) -> None:
     _rename(graph_module, _batch_norm, _aten.batch_norm.default)
 
 
+def drop_unused(graph_module: GraphModule) -> None:
+    """Delete tensors that no node reads, as float weights after conversion: they would be in every artefact."""
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
+    for name in [name for name in graph_module.state_dict() if name not in used]:
+        owner, _, leaf = name.rpartition(".")
+        delattr(graph_module.get_submodule(owner), leaf)
+
+
 def _rename(graph_module: GraphModule, old: Any, new: Any) -> None:
     for node in graph_module.graph.nodes:
         if node.target is old:
@@ -80,6 +135,16 @@ def _rename(graph_module: GraphModule, old: Any, new: Any) -> None:
 
 def _batch_norm(*args: Any) -> Tensor:
     return _aten.batch_norm.default(*args)
+
+
+def _multiplies_integers(layer: Any) -> bool:
+    """Say whether a layer's only reader could be folded into the scales of its weight, one for each channel."""
+    if not isinstance(layer, Node) or len(layer.users) != 1 or layer.target not in _LAYERS:
+        return False
+    if layer.target is _aten.linear.default and layer.meta["val"].dim() != 2:
+        return False  # the norm is over another dimension
+    weight = layer.args[1]
+    return isinstance(weight, Node) and "dequantize_per_channel" in str(weight.target)
 
 
 def _fused(norm: Node) -> tuple[Node, Node | None] | None:

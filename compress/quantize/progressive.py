@@ -7,15 +7,17 @@ them without keeping any.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from torch import nn
 from torch.fx import Node
 
 from compress.errors import RecipeError
 from compress.quantize.annotate import is_product, layer_of, weights_of
+from compress.quantize.parametrize import rounded_layers
 from compress.surgery import Captured
 
 __all__ = ["Stages", "quantizers", "set_bits"]
@@ -83,33 +85,27 @@ class Stages:
         return self.bits[sum(begin <= progress for begin in begins)]
 
 
-def quantizers(prepared: Captured, order: Sequence[str] = ()) -> list[list[Any]]:
+def quantizers(prepared: nn.Module, order: Sequence[str] = ()) -> list[list[Any]]:
     """Return the fake quantizers of each pattern of layers, those of what they multiply.
 
     Args:
-        prepared: From ``prepare``.
+        prepared: From ``prepare`` or ``parametrize``.
         order: Patterns of layers; a layer belongs to the first that matches it, and to the last without any. Without
             patterns, all are one.
 
     Raises:
         RecipeError: when a pattern matches no layer that is quantised.
     """
-    every = [module for module in prepared.graph_module.modules() if hasattr(module, "fake_quant_enabled")]
+    every = [module for module in prepared.modules() if hasattr(module, "fake_quant_enabled")]
     if not order:
         return [every]
     places: dict[int, int] = {}
     layers = []
-    for node in prepared.graph_module.graph.nodes:
-        if not is_product(node):
-            continue
-        factors = [node.args[0], *weights_of(node)]
-        own = [_module(prepared, factor) for factor in factors]
-        if not any(own):
-            continue
-        layers.append(layer_of(node))
-        matching = (place for place, pattern in enumerate(order) if fnmatch.fnmatchcase(layers[-1], pattern))
+    for layer, own in _layers(prepared):
+        layers.append(layer)
+        matching = (place for place, pattern in enumerate(order) if fnmatch.fnmatchcase(layer, pattern))
         place = next(matching, len(order) - 1)
-        for module in filter(None, own):  # one that several layers share changes with the last of them
+        for module in own:  # one that several layers share changes with the last of them
             places[id(module)] = max(place, places.get(id(module), 0))
     for pattern in order:
         if not fnmatch.filter(layers, pattern):
@@ -136,6 +132,19 @@ def set_bits(fake_quantizers: Iterable[Any], bits: int) -> None:
         limits = _limits(module.own_limits, bits)
         for holder in (module, getattr(module, "activation_post_process", module)):
             holder.quant_min, holder.quant_max = limits
+
+
+def _layers(prepared: nn.Module) -> Iterator[tuple[str, list[Any]]]:
+    """Yield the names of quantised layers with the fake quantizers of what they multiply."""
+    if not isinstance(prepared, Captured):
+        for name, layer in rounded_layers(prepared).items():
+            yield name, [module for module in layer.children() if hasattr(module, "fake_quant_enabled")]
+        return
+    for node in prepared.graph_module.graph.nodes:
+        if is_product(node):
+            factors = [node.args[0], *weights_of(node)]
+            if own := list(filter(None, (_module(prepared, factor) for factor in factors))):
+                yield layer_of(node), own
 
 
 def _module(prepared: Captured, factor: Any) -> Any:

@@ -13,19 +13,29 @@ from torch.fx import GraphModule, Node
 from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
-from compress.quantize.fold import fold_norms, hide_norms, show_norms, store_weights
+from compress.quantize.fold import drop_unused, fold_norms, hide_norms, show_norms, store_weights
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
+from compress.quantize.parametrize import make_permanent, parametrize
 from compress.quantize.quantizer import make_quantizer, without_dynamic_notes
-from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import Scheme
+from compress.quantize.specs import guard_ranges
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.lengths import Length
 from compress.surgery.slicing import check_shapes
 
-__all__ = ["convert", "describe_inputs", "num_quantized", "prepare", "replay_quantize"]
+__all__ = [
+    "convert",
+    "deployed_form",
+    "describe_inputs",
+    "example_tensors",
+    "num_quantized",
+    "prepare",
+    "replay_quantize",
+]
 
 _BATCH_NORM = torch.ops.aten.batch_norm.default
+WAY_OUT = "Or round layer by layer, without a graph, in training: quantize.fallback: parametrize."
 
 
 def prepare(
@@ -61,7 +71,10 @@ def prepare(
 
     if not isinstance(scheme, Assignment):
         scheme = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
-    captured = capture(network, inputs, lengths=lengths).train()
+    try:
+        captured = capture(network, inputs, lengths=lengths).train()
+    except CaptureError as error:
+        raise CaptureError(f"{error} {WAY_OUT}") from error
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     normalize(captured.graph_module)
     quantizer = make_quantizer(scheme, captured.graph_module)
@@ -72,18 +85,13 @@ def prepare(
     except Exception as error:  # a pattern that the quantizer stumbles on; any kind of exception
         raise CaptureError(
             f"quantize: expected a network that PT2E can prepare, got {type(network).__name__}: "
-            f"{type(error).__name__}: {error}. Leave quantize out, or rewrite the layer that the message names."
+            f"{type(error).__name__}: {error}. Leave quantize out, or rewrite the layer that the message names. "
+            f"{WAY_OUT}"
         ) from error
     _restore_norm_constants(graph_module, norms)
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
-            module.register_forward_pre_hook(_in_float32)
-            if hasattr(module, "scale_of"):
-                continue  # has no zero point to be kept at zero
-            if module.qscheme == torch.per_tensor_symmetric:
-                module.register_forward_pre_hook(_around_zero)
-            if module.qscheme == torch.per_channel_symmetric:
-                module.register_forward_pre_hook(_rows_around_zero)
+            guard_ranges(module)
     prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
@@ -116,8 +124,18 @@ def convert(prepared: Captured) -> Captured:
     converted = convert_pt2e(twin.graph_module)
     show_norms(converted)
     write_clips(converted)
-    _drop_unused(converted)
+    drop_unused(converted)
     return Captured(converted).eval()
+
+
+def deployed_form(trained: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+    """Turn a network that was trained with fake quantization into the form that is deployed.
+
+    Args:
+        trained: From ``prepare`` or ``parametrize``; it stays as it is.
+        inputs: Examples, two samples each.
+    """
+    return convert(trained) if isinstance(trained, Captured) else make_permanent(trained, inputs)
 
 
 def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -130,6 +148,11 @@ def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
     return [{"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")} for tensor in inputs]
 
 
+def example_tensors(edit: Edit) -> list[Tensor]:
+    """Return inputs of the form that an edit describes, all zeros."""
+    return [torch.zeros(given["shape"], dtype=getattr(torch, given["dtype"])) for given in edit.data["inputs"]]
+
+
 def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = ()) -> nn.Module:
     """Carry out an edit of kind ``"quantize"``.
 
@@ -140,10 +163,13 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
 
     Raises:
         EditError: when this is not the network that was quantised; it is then untouched.
+        CaptureError: when PT2E cannot prepare it, and the edit does not say to go without.
     """
     check_shapes(network, edit.data.get("shapes"))
+    if edit.data.get("fallback"):
+        return parametrize(network, read_assignment(edit.data))
     device = next(network.parameters()).device
-    inputs = [torch.zeros(i["shape"], dtype=getattr(torch, i["dtype"]), device=device) for i in edit.data["inputs"]]
+    inputs = [tensor.to(device) for tensor in example_tensors(edit)]
     prepared = prepare(network, inputs, read_assignment(edit.data)).to(device)
     if batches:
         calibrate(prepared, batches)
@@ -187,41 +213,6 @@ def _set_eps(norm: Node, eps: float) -> None:
     for user in list(norm.args[4].users):  # type: ignore[union-attr]
         if user.target is torch.ops.aten.add.Tensor:
             user.update_arg(1, eps)
-
-
-def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # Under autocast, what a linear layer gives is bfloat16, in which observers cannot keep their ranges.
-    return tuple(tensor.float() for tensor in inputs)
-
-
-def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Keep a symmetric range symmetric: of values that are never negative, the kernel would make an affine one."""
-    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
-    if torch.isinf(high).any():  # nothing seen yet
-        high.copy_(inputs[0].detach().amax())
-        low.copy_(inputs[0].detach().amin())
-    low.copy_(torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny)))
-
-
-def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Let no row's range lie on one side of zero, neither at the first step nor at a later one."""
-    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
-    if not low.numel() or torch.isinf(high).any():
-        rows = inputs[0].detach().movedim(module.ch_axis, 0).flatten(1)
-        low.resize_(len(rows)).copy_(rows.amin(1))
-        high.resize_(len(rows)).copy_(rows.amax(1))
-        module.scale.resize_(len(rows)).fill_(1.0)  # the kernel would, where it finds no range
-        module.zero_point.resize_(len(rows)).zero_()
-    for buffer, value in zip((low, high), around_zero(low, high)):
-        buffer.copy_(value)
-
-
-def _drop_unused(graph_module: GraphModule) -> None:
-    """Delete the float weights that conversion replaced: they would be stored in every artefact."""
-    used = {str(node.target) for node in graph_module.graph.nodes if node.op == "get_attr"}
-    for name in [name for name in graph_module.state_dict() if name not in used]:
-        owner, _, leaf = name.rpartition(".")
-        delattr(graph_module.get_submodule(owner), leaf)
 
 
 def _norm_constants(graph_module: GraphModule) -> dict[str, tuple[float, float]]:

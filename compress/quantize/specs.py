@@ -7,10 +7,12 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
+from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import Scheme
 
-__all__ = ["activation_spec", "weight_spec", "x86_config"]
+__all__ = ["activation_spec", "fake_quantizer", "guard_ranges", "weight_spec", "x86_config"]
 
 
 @cache
@@ -75,6 +77,31 @@ def weight_spec(scheme: Scheme) -> Any:
     return replace(few, observer_or_fake_quant_ctr=RangeFakeQuantize.with_args(observer=LeastSquaresObserver))
 
 
+def fake_quantizer(spec: Any, *, axis: int | None = None) -> Any:
+    """Return a module that fake-quantises as a specification says, its range guarded; PT2E makes its own.
+
+    Args:
+        spec: From ``activation_spec`` or ``weight_spec``.
+        axis: Dimension of a weight's output channels; ``None`` for an activation.
+    """
+    names = ("dtype", "quant_min", "quant_max", "qscheme")
+    arguments = {name: getattr(spec, name) for name in names} | ({} if axis is None else {"ch_axis": axis})
+    module = spec.observer_or_fake_quant_ctr.with_args(**arguments)()
+    guard_ranges(module)
+    return module
+
+
+def guard_ranges(module: Any) -> None:
+    """Let a fake quantizer compute in float32 and keep its zero where the scheme has it."""
+    module.register_forward_pre_hook(_in_float32)
+    if hasattr(module, "scale_of"):
+        return  # has no zero point to be kept at zero
+    if module.qscheme == torch.per_tensor_symmetric:
+        module.register_forward_pre_hook(_around_zero)
+    if module.qscheme == torch.per_channel_symmetric:
+        module.register_forward_pre_hook(_rows_around_zero)
+
+
 def _many(spec: Any, fake: Any) -> Any:
     """As many integers as 16 bits have, zero in the middle."""
     symmetric = torch.per_channel_symmetric if spec.ch_axis is not None else torch.per_tensor_symmetric
@@ -86,3 +113,30 @@ def _many(spec: Any, fake: Any) -> Any:
         qscheme=symmetric,
         observer_or_fake_quant_ctr=fake,
     )
+
+
+def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Under autocast, what a linear layer gives is bfloat16, in which observers cannot keep their ranges.
+    return tuple(tensor.float() for tensor in inputs)
+
+
+def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Keep a symmetric range symmetric: of values that are never negative, the kernel would make an affine one."""
+    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
+    if torch.isinf(high).any():  # nothing seen yet
+        high.copy_(inputs[0].detach().amax())
+        low.copy_(inputs[0].detach().amin())
+    low.copy_(torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny)))
+
+
+def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Let no row's range lie on one side of zero, neither at the first step nor at a later one."""
+    low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
+    if not low.numel() or torch.isinf(high).any():
+        rows = inputs[0].detach().movedim(module.ch_axis, 0).flatten(1)
+        low.resize_(len(rows)).copy_(rows.amin(1))
+        high.resize_(len(rows)).copy_(rows.amax(1))
+        module.scale.resize_(len(rows)).fill_(1.0)  # the kernel would, where it finds no range
+        module.zero_point.resize_(len(rows)).zero_()
+    for buffer, value in zip((low, high), around_zero(low, high)):
+        buffer.copy_(value)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from compress.errors import EditError
-from compress.surgery.capture import Captured
 from compress.surgery.compiled import original, successor
 from compress.surgery.slicing import Slices, slice_tensor
 
@@ -59,7 +58,7 @@ class Average:
                 if name in values:
                     tensor.copy_(slice_tensor(values[name], slices.get(name, {})))
                     tensor.requires_grad_(values[name].requires_grad)
-        if self.averaged is not None and isinstance(new, Captured) and isinstance(edited, Captured):
+        if self.averaged is not None:
             _share_ranges(new, edited, self.averaged)
         setattr(self.owner, self.attribute, successor(self.owner, holder, new))
 
@@ -113,12 +112,12 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _share_ranges(new: Captured, edited: Captured, averaged: AveragedModel) -> None:
+def _share_ranges(new: nn.Module, edited: nn.Module, averaged: AveragedModel) -> None:
     """Let the average use the very fake quantizers of the network: an average of a zero point or a switch is none."""
     shared = False
-    for name, module in edited.graph_module._modules.items():  # one module may stand under several names
+    for name, module in list(edited.named_modules(remove_duplicate=False)):  # one may stand under several names
         if hasattr(module, "fake_quant_enabled"):
-            new.graph_module._modules[name] = module
+            new.set_submodule(name, module)
             shared = True
     if not shared:
         return

@@ -49,7 +49,7 @@ _WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
 
 
 def export_program(
-    network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = ()
+    network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = (), strict: bool = True
 ) -> torch.export.ExportedProgram:
     """Capture a network with ``torch.export``, the batch dimension dynamic.
 
@@ -57,6 +57,7 @@ def export_program(
         network: In the mode that the graph shall start in.
         inputs: Example inputs, at least two samples in dimension 0 of each.
         lengths: Further sizes that may vary, as that of a sequence.
+        strict: Whether the network's code is read; otherwise it is run, and what it does beside tensors is not noticed.
 
     Raises:
         CaptureError: when the network cannot be captured; the message names the reason and, where known, the layer.
@@ -68,7 +69,7 @@ def export_program(
     try:
         shapes = _like_arguments(network, sizes)
         with kept_whole(lengths):
-            return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=True)
+            return torch.export.export(network, tuple(inputs), dynamic_shapes=shapes, strict=strict)
     except Exception as error:  # torch.export raises many kinds; each means the same to the user
         wanted = " and ".join(["a dynamic batch", *map(str, lengths)])
         reason = _reason(error, named=bool(lengths)) + layer_and_line(network, error)
