@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.runtime.engines.onnxruntime import NARROW
+
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
@@ -19,6 +21,7 @@ __all__ = [
     "OnnxGraph",
     "drop_metadata",
     "drop_relus",
+    "mark_narrow",
     "narrow_relus",
     "pool_globally",
     "quantize_biases",
@@ -222,6 +225,21 @@ def drop_metadata(model: ModelProto) -> None:
         entry.doc_string = ""
     # ONNX Runtime infers these shapes itself.
     del model.graph.value_info[:]
+
+
+def mark_narrow(model: ModelProto) -> None:
+    """Note in a model that its int8 weights are of 7 bits, where all are and nothing else is int8.
+
+    Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
+    """
+    graph = OnnxGraph(model)
+    weights = [value for value in graph.constants.values() if value.dtype == np.int8 and value.ndim > 1]
+    others = any(
+        node.op_type == "QuantizeLinear" and (found := graph.scale(node)) is not None and found[1].dtype == np.int8
+        for node in graph.nodes
+    )
+    if weights and not others and all(np.abs(value.astype(np.int16)).max(initial=0) <= 64 for value in weights):
+        model.metadata_props.add(key=NARROW, value="1")
 
 
 def _quantize_value(graph: OnnxGraph, name: str, user: NodeProto, low: float, high: float) -> None:

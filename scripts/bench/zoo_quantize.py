@@ -31,12 +31,35 @@ def quantize(name: str, row: dict[str, Any]) -> None:
         Exception: whatever fails.
     """
     network, inputs = build(name)
+    _settle(network, inputs)
     _quantize(copy.deepcopy(network), inputs, row)
     row["pruned"] = {}
     try:
         _quantize(_pruned(network, inputs), inputs, row["pruned"])
     except Exception as error:
         raise RuntimeError(f"pruned: {error}") from error
+
+
+def _settle(network: nn.Module, inputs: Any) -> None:
+    """Give BatchNorms the batch's statistics, and layers that start as zeros some weights.
+
+    Fresh networks lack both, and some give outputs of 1e-9, or zeros, which no scheme's steps can hold.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.02, generator=generator)
+        norms = [module for module in network.eval().modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.train()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 1.0
+        network(*inputs)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+    network.eval()
 
 
 def _pruned(network: nn.Module, inputs: Any) -> nn.Module:

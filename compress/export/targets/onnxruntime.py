@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
+from compress.export.onnx_graph import mark_narrow
 from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
@@ -45,6 +46,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
     """
     model = translate(program, target="onnxruntime")
     quantize_recurrent(model)
+    mark_narrow(model)
     path.write_bytes(model.SerializeToString())
     return census(path)
 

@@ -13,10 +13,14 @@ from compress.runtime.manifest import TensorSpec
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["CUDA", "PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
+__all__ = ["CUDA", "NARROW", "PACKAGES", "ONNXRuntimeEngine", "make", "open_session"]
 
 PACKAGES = ("onnxruntime",)
 RUNS_CODE = False
+NARROW = "compress.narrow_weights"
+"""What a file holds at its end, among its notes, when its int8 weights have 7 bits."""
+
+_END = 4096  # bytes; nothing but notes follows the graph
 
 Provider = tuple[str, dict[str, str]]
 """Name and options of what runs operators."""
@@ -52,7 +56,7 @@ class ONNXRuntimeEngine:
         options.intra_op_num_threads = self.threads
         # Idle threads would go on spinning between calls and slow down whatever else this process does.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if not has_vnni():
+        if not (has_vnni() or _is_narrow(path)):
             # Sums of int8 products overflow on AVX2 and AVX-512 without VNNI; uint8 weights are exact, and slower.
             options.add_session_config_entry("session.x64quantprecision", "1")
         self._session = onnxruntime.InferenceSession(str(path), options, providers=[*providers, "CPUExecutionProvider"])
@@ -72,6 +76,12 @@ class ONNXRuntimeEngine:
         for spec, value in zip(self.outputs, outputs):
             binding.bind_output(spec.name, "cpu", 0, value.dtype, value.shape, value.ctypes.data)
         self._session.run_with_iobinding(binding)
+
+
+def _is_narrow(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END))
+        return NARROW.encode() in file.read()
 
 
 def _spec(entry: Any) -> TensorSpec:

@@ -1,11 +1,19 @@
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from compress.errors import EngineError
+from compress.export.targets import onnxruntime as target
+from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine, onnxruntime
 from compress.runtime.engines.onnxruntime import ONNXRuntimeEngine
+from compress.surgery.capture import export_program
 from tests.export.programs import artifact, quantized
 
 
@@ -20,6 +28,33 @@ def test_a_processor_without_vnni_gets_exact_sums(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(onnxruntime, "has_vnni", lambda: False)
     found = ONNXRuntimeEngine(artifact() / "model.onnx", None)([inputs])[0]
     np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_sums_of_narrow_weights_are_exact_without_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without VNNI, two products of a uint8 and an int8 are added in 16 bits; uint8 weights would be exact in any case.
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.Flatten()).eval()
+    inputs = torch.rand(8, 3, 12, 12) * 4
+    files, options = {}, []
+    for scheme in ("int8", "int8_reduced"):
+        prepared = prepare(copy.deepcopy(network), (inputs[:2],), scheme)
+        calibrate(prepared, [(inputs,)])
+        files[scheme] = tmp_path / f"{scheme}.onnx"
+        target.build(export_program(convert(prepared.eval()), (inputs[:2],)), files[scheme])
+    monkeypatch.setattr(onnxruntime, "has_vnni", lambda: False)
+    monkeypatch.setattr(
+        "onnxruntime.SessionOptions.add_session_config_entry", lambda self, key, value: options.append(key)
+    )
+    for path in files.values():
+        ONNXRuntimeEngine(path, 1)
+    monkeypatch.undo()
+    assert options.count("session.x64quantprecision") == 1
+    found = []
+    for narrow in (True, False):
+        monkeypatch.setattr(onnxruntime, "has_vnni", lambda: False)
+        monkeypatch.setattr(onnxruntime, "_is_narrow", lambda path, narrow=narrow: narrow)
+        found.append(ONNXRuntimeEngine(files["int8_reduced"], 1)([inputs.numpy()])[0])
+    np.testing.assert_array_equal(*found)
 
 
 @pytest.mark.parametrize("name", ["onnxruntime_cuda", "tensorrt"])
