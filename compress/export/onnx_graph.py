@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 _WEIGHTED = ("Conv", "Gemm")
+_EXACTLY = 1 + 1e-6  # scales are float32
 
 
 def rewrite(model: ModelProto) -> None:
@@ -124,12 +125,16 @@ class OnnxGraph:
 
 
 def narrow_relus(graph: OnnxGraph) -> None:
-    """Quantise what comes out of a ReLU without the numbers below zero, in half the steps, in place.
+    """Quantise what comes out of a ReLU or ReLU6 without the numbers below zero, in half the steps, in place.
 
     A range that is symmetric around zero wastes half of its numbers there, and ONNX Runtime fuses a ReLU only where
-    nothing below zero can be said. The clipping stays where it was, to a quarter of a step.
+    nothing below zero can be said, and nothing above its ceiling. The clipping stays where it was, to a quarter of a
+    step.
     """
-    for node in [node for node in graph.nodes if node.op_type == "Relu" and not graph.is_output(node.output[0])]:
+    for node in [node for node in graph.nodes if not graph.is_output(node.output[0])]:
+        ceiling = _ceiling(graph, node)
+        if ceiling is None:
+            continue
         quantizers = graph.users(node.output[0])
         if not quantizers or any(user.op_type != "QuantizeLinear" for user in quantizers):
             continue
@@ -140,22 +145,38 @@ def narrow_relus(graph: OnnxGraph) -> None:
             found = graph.scale(entry)
             if found is None or found[0].size != 1 or found[1].dtype != np.uint8 or int(found[1]) not in (127, 128):
                 continue
-            scale = (found[0] * np.float32((255 - int(found[1])) / 255)).astype(found[0].dtype)
+            top = min(float(found[0]) * (255 - int(found[1])), ceiling)
+            scale = np.array(top / 255, dtype=found[0].dtype).reshape(found[0].shape)
             entry.input[1] = graph.constant(f"{entry.output[0]}_half", scale)
             entry.input[2] = graph.constant(f"{entry.output[0]}_none", np.zeros_like(found[1]))
 
 
 def drop_relus(graph: OnnxGraph) -> None:
-    """Take out ReLUs whose result is quantised with nothing below zero: quantization clips there already."""
-    for node in [node for node in graph.nodes if node.op_type == "Relu"]:
+    """Take out ReLUs, and ReLU6, whose result is quantised with nothing beyond: quantization clips there already."""
+    for node in list(graph.nodes):
+        ceiling = _ceiling(graph, node)
+        if ceiling is None:
+            continue
         users = graph.users(node.output[0])
         ranges = [graph.range(user) if user.op_type == "QuantizeLinear" else None for user in users]
         if (
             users
             and not graph.is_output(node.output[0])
-            and all(found is not None and found[0] == 0 for found in ranges)
+            and all(found is not None and found[0] == 0 and found[1] <= ceiling * _EXACTLY for found in ranges)
         ):
             graph.remove(node)
+
+
+def _ceiling(graph: OnnxGraph, node: NodeProto) -> float | None:
+    """Return what a ReLU, or a clipping from zero on, gives at most; ``None`` of other nodes."""
+    if node.op_type == "Relu":
+        return float("inf")
+    if node.op_type != "Clip":
+        return None
+    least, most = (graph.constants.get(name) for name in [*node.input[1:], "", ""][:2])
+    if least is None or float(least) != 0 or (most is None and len(node.input) > 2 and node.input[2]):
+        return None
+    return float("inf") if most is None else float(most)
 
 
 def quantize_branches(graph: OnnxGraph) -> None:

@@ -97,6 +97,23 @@ def test_a_symmetric_range_behind_a_relu_gives_up_what_is_below_zero() -> None:
     assert "Relu" in kinds(applied(applied(activated(100), narrow_relus), drop_relus))
 
 
+@pytest.mark.parametrize(("ceiling", "top"), [(6.0, 6.0), (20.0, 12.8)])
+def test_a_symmetric_range_behind_a_relu6_ends_at_its_ceiling(ceiling: float, top: float) -> None:
+    x = np.random.default_rng(0).normal(size=(99, 4)).astype(np.float32) * 8
+    made = activated(127)
+    clip = next(entry for entry in made.graph.node if entry.op_type == "Relu")
+    clip.op_type = "Clip"
+    for name, value in (("floor", 0.0), ("ceiling", ceiling)):
+        clip.input.append(name)
+        made.graph.initializer.append(numpy_helper.from_array(np.asarray(value, dtype=np.float32), name))
+    changed = applied(applied(made, narrow_relus), drop_relus)
+    assert "Clip" not in kinds(changed)
+    assert np.abs(run(changed, x) - np.clip(x, 0, top)).max() < 0.51 * top / 255
+    del clip.input[2]  # a ceiling that is not known
+    clip.input.append("computed")
+    assert "Clip" in kinds(applied(applied(made, narrow_relus), drop_relus))
+
+
 def test_a_relu_stays_where_something_else_reads_it() -> None:
     made = activated(0)
     made.graph.node.append(node("Add", "out r", "sum"))
