@@ -254,6 +254,8 @@ _TARGET_KINDS: dict[str, type] = {
 def _parse(content: dict[str, Any]) -> Manifest:
     present = {key: kind for key, kind in _OPTIONAL.items() if content.get(key) is not None}
     _check_kinds(content, _KINDS | present)
+    if content.get("max_batch") is not None and content["max_batch"] < 1:
+        raise ValueError(f"max_batch {content['max_batch']}")
     for target in content["targets"].values():
         _check_kinds({"parts": {}, "options": {}, **target}, _TARGET_KINDS)
         _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
