@@ -15,7 +15,7 @@ import numpy as np
 from compress.runtime.engines.onnxruntime import NARROW
 
 if TYPE_CHECKING:
-    from onnx import ModelProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 __all__ = [
     "OnnxGraph",
@@ -254,13 +254,24 @@ def mark_narrow(model: ModelProto) -> None:
     Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
     graph = OnnxGraph(model)
-    weights = [value for value in graph.constants.values() if value.dtype == np.int8 and value.ndim > 1]
+    weights = [value for value in _all_constants(model.graph) if value.dtype == np.int8 and value.ndim > 1]
     others = any(
         node.op_type == "QuantizeLinear" and (found := graph.scale(node)) is not None and found[1].dtype == np.int8
         for node in graph.nodes
     )
     if weights and not others and all(np.abs(value.astype(np.int16)).max(initial=0) <= 64 for value in weights):
         model.metadata_props.add(key=NARROW, value="1")
+
+
+def _all_constants(graph: GraphProto) -> Iterator[np.ndarray]:
+    """Yield the constants of a graph and of the bodies of its loops."""
+    from onnx import numpy_helper
+
+    yield from map(numpy_helper.to_array, graph.initializer)
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _all_constants(attribute.g)
 
 
 def _quantize_value(graph: OnnxGraph, name: str, user: NodeProto, low: float, high: float) -> None:

@@ -68,6 +68,7 @@ class Constructed(nn.Module):
         # A name that no network uses for one of its own.
         self._constructed = (constructor, output)
         self.__class__ = _joined(type(network))  # type: ignore[arg-type]
+        self.train()  # Hugging Face's begin in evaluation, and a fit leaves modes as they are
 
     def forward(self, *inputs: Tensor, **named: Tensor) -> Any:
         """Return what the network returns, or its entry ``output``."""

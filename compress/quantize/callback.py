@@ -168,6 +168,18 @@ class QuantizationAwareTraining(ModelEditor):
         _share_ranges(trainer, prepared)
         return prepared
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a network in evaluation, where ranges would never be learned.
+
+        Raises:
+            EditError: when it is, and is to be trained in integers.
+        """
+        if self.start < 1 and not self.network(pl_module).training:
+            raise EditError(
+                f"quantize: expected {self.attribute} in training mode, got it in evaluation, where ranges are not "
+                "learned, and a fit leaves modes as they are. Call its train() before the fit."
+            )
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

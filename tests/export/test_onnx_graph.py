@@ -16,6 +16,7 @@ from compress.export.onnx_graph import (
     OnnxGraph,
     drop_metadata,
     drop_relus,
+    mark_narrow,
     narrow_relus,
     pool_globally,
     quantize_biases,
@@ -23,6 +24,7 @@ from compress.export.onnx_graph import (
     rewrite,
     split_zero_points,
 )
+from compress.runtime.engines.onnxruntime import NARROW
 
 
 def model(
@@ -112,6 +114,19 @@ def test_a_symmetric_range_behind_a_relu6_ends_at_its_ceiling(ceiling: float, to
     del clip.input[2]  # a ceiling that is not known
     clip.input.append("computed")
     assert "Clip" in kinds(applied(applied(made, narrow_relus), drop_relus))
+
+
+@pytest.mark.parametrize(("largest", "in_body", "marked"), [(64, 64, True), (65, 64, False), (64, 65, False)])
+def test_narrow_weights_are_noted_where_all_are(largest: int, in_body: int, marked: bool) -> None:
+    def weight(value: int, name: str) -> TensorProto:
+        return numpy_helper.from_array(np.array([[value, -3]], dtype=np.int8), name)
+
+    made = activated(0)
+    made.graph.initializer.append(weight(largest, "w"))
+    body = helper.make_graph([], "body", [], [], [weight(in_body, "inner")])
+    made.graph.node.append(helper.make_node("Scan", [], ["loop"], body=body, num_scan_inputs=0))
+    mark_narrow(made)
+    assert [entry.key for entry in made.metadata_props] == [NARROW] * marked
 
 
 def test_a_relu_stays_where_something_else_reads_it() -> None:

@@ -194,6 +194,15 @@ def test_a_student_is_taught_pruned_and_quantised_as_the_network_itself(
     assert torch.equal(again.eval()(x), module.student.eval()(x))  # type: ignore[operator, union-attr]
 
 
+def in_evaluation() -> nn.Module:
+    return nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.3)).eval()
+
+
+def test_a_network_that_is_made_in_evaluation_can_be_trained() -> None:
+    network = Constructed(f"{__name__}.in_evaluation")
+    assert all(module.training for module in network.modules())
+
+
 def test_arguments_that_describe_calls_are_made_first() -> None:
     made: Any = Constructed(
         f"{HERE}.build", {"width": {"constructor": "builtins.max", "arguments": {"*": [[3, 6]]}}, "classes": 2}

@@ -9,10 +9,10 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 
 from compress.distill import Classification, Distiller
-from compress.errors import RecipeError
+from compress.errors import EditError, RecipeError
 from compress.quantize import QuantizationAwareTraining, replay_quantize
 from compress.surgery import Captured, history_of
-from tests.networks import Residual, loader
+from tests.networks import Residual, loader, trainer
 
 
 class Watch(Callback):
@@ -168,3 +168,19 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
 def test_values_out_of_range_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         QuantizationAwareTraining(**arguments)
+
+
+def test_a_network_in_evaluation_is_refused_unless_nothing_is_trained_in_integers() -> None:
+    # A fit leaves modes as they are, and ranges that are never learned round everything away.
+    def fit(start: float) -> Distiller:
+        pl.seed_everything(0)
+        module = Distiller(
+            Residual().eval(), task=Classification(3), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+        )
+        callback = QuantizationAwareTraining(start=start, freeze_batchnorm=1.0)
+        trainer(max_epochs=1, callbacks=[callback]).fit(module, loader())
+        return module
+
+    with pytest.raises(EditError, match=r"quantize: expected student in training mode, got it in evaluation"):
+        fit(0.5)
+    assert history_of(fit(1)).count("quantize") == 1
