@@ -21,6 +21,7 @@ __all__ = [
     "OnnxGraph",
     "drop_metadata",
     "drop_relus",
+    "has_narrow_weights",
     "mark_narrow",
     "narrow_relus",
     "pool_globally",
@@ -248,8 +249,8 @@ def drop_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-def mark_narrow(model: ModelProto) -> None:
-    """Note in a model that its int8 weights are of 7 bits, where all are and nothing else is int8.
+def has_narrow_weights(model: ModelProto) -> bool:
+    """Say whether all int8 weights of a model are of 7 bits, and nothing else is int8.
 
     Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
@@ -259,7 +260,13 @@ def mark_narrow(model: ModelProto) -> None:
         node.op_type == "QuantizeLinear" and (found := graph.scale(node)) is not None and found[1].dtype == np.int8
         for node in graph.nodes
     )
-    if weights and not others and all(np.abs(value.astype(np.int16)).max(initial=0) <= 64 for value in weights):
+    narrow = all(np.abs(value.astype(np.int16)).max(initial=0) <= 64 for value in weights)
+    return bool(weights) and not others and narrow
+
+
+def mark_narrow(model: ModelProto) -> None:
+    """Note in a model that its weights are narrow, where they are."""
+    if has_narrow_weights(model):
         model.metadata_props.add(key=NARROW, value="1")
 
 

@@ -14,6 +14,7 @@ from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, show_norms, store_weights
+from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
 from compress.quantize.parametrize import make_permanent, parametrize
@@ -81,7 +82,8 @@ def prepare(
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
     try:
-        graph_module = prepare_qat_pt2e(captured.graph_module, quantizer)
+        with fused_kinds_alone():
+            graph_module = prepare_qat_pt2e(captured.graph_module, quantizer)
     except Exception as error:  # a pattern that the quantizer stumbles on; any kind of exception
         raise CaptureError(
             f"quantize: expected a network that PT2E can prepare, got {type(network).__name__}: "

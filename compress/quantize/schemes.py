@@ -115,7 +115,7 @@ for _scheme in (
     Scheme("int8", "int8 weights per output channel, uint8 affine activations per tensor: best on x86"),
     Scheme(
         "int8_reduced",
-        "the same with 7-bit weights, whose sums no x86 processor overflows: faster in ONNX Runtime without VNNI",
+        "the same with 7-bit weights, whose sums no x86 processor overflows: the one for processors without VNNI",
         weight_bits=7,
     ),
     Scheme("int8_portable", "int8 with activations symmetric around zero, which every engine takes", symmetric=True),

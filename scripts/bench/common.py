@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from compress.distill import soft_target
@@ -87,7 +88,7 @@ def finish(arguments: argparse.Namespace, rows: list[Row]) -> None:
         table.add_column(column, justify="right" if column == "value" else "left")
     for row in rows:
         cells = [row.name, row.metric, "" if row.value is None else f"{row.value:.4g}", row.unit, row.note]
-        table.add_row(*cells[: len(columns)])
+        table.add_row(*map(Text, cells[: len(columns)]))
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file or a pipe has no edge to wrap at

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["table"]
+__all__ = ["LEAST_COSINE", "table"]
 
 Row = Mapping[str, Any]
 
@@ -25,6 +25,8 @@ _COLUMNS = (
 )
 
 _SHARE = 0.9
+LEAST_COSINE = 0.95
+"""Of fake-quantised with floats, of converted with fake-quantised, of ONNX Runtime with converted."""
 _INT8_COLUMNS = (
     ("Architecture", "---"),
     ("int8", "---"),
@@ -32,6 +34,7 @@ _INT8_COLUMNS = (
     ("Cosine, SNR", "---"),
     ("Pruned: MACs in int8", "---:"),
     ("Cosine, SNR", "---"),
+    ("Its kernels in ONNX Runtime, int8 + float", "---:"),
     ("What stays in floats, share of MACs", "---"),
 )
 
@@ -62,9 +65,12 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
     """The table of int8 after training; architectures that have not been quantised are left out."""
     done = [(name, rows[name]) for name in names if rows[name]]
     high = sum(min(_shares(row), default=0.0) >= _SHARE for _, row in done)
+    unjudged = sum("(" in _agreement(row) or "(" in _agreement(row.get("pruned", {})) for _, row in done)
     lines = [
         f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise before and after pruning; "
         f"{high} have at least {_SHARE:.0%} of their MACs in int8 both times.",
+        f"{unjudged} give something else as soon as their weights alone are rounded to 8 bits (that cosine is in "
+        "brackets); there none is judged.",
         "",
     ]
     lines += [f"| {' | '.join(parts)} |" for parts in zip(*_INT8_COLUMNS)]
@@ -72,10 +78,18 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
         cells = [name, _passes(row)]
         for part in (row, row.get("pruned", {})):
             cells.append(f"{100 * part['share']:.1f} %" if "share" in part else "")
-            cells.append(f"{part['cosine']:.3f}, {part['snr_db']:.0f} dB" if "cosine" in part else "")
+            cells.append(_agreement(part))
+        cells.append(" + ".join(map(str, row.get("pruned", {}).get("kernels", []))))
         cells.append("; ".join(f"{share:.1%} {reason}" for reason, share in row.get("reasons", {}).items()))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return lines
+
+
+def _agreement(part: Row) -> str:
+    if "cosine" not in part:
+        return ""
+    unjudged = part["weights_alone"] < LEAST_COSINE
+    return f"{part['cosine']:.3f}, {part['snr_db']:.0f} dB" + (f" ({part['weights_alone']:.3f})" if unjudged else "")
 
 
 def _shares(row: Row) -> list[float]:

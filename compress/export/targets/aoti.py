@@ -62,13 +62,21 @@ def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -
     # Else the number of threads of this machine is written into the code.
     settings = {"cpp.dynamic_threads": True, "max_autotune": max_autotune}
     found = compile_package(rewritten(program, _for_inductor), path, settings)
-    if found.int8_kernels and not has_vnni():
+    if found.int8_kernels and not (has_vnni() or _has_narrow_weights(program)):
         path.unlink()
         raise ExportSkippedError(
             "aoti: expected a processor with VNNI for int8, got one without: sums of products overflow there, and "
-            "convolutions differ from call to call. Leave the target out, or keep the network in floats."
+            "convolutions differ from call to call. Use the scheme int8_reduced, whose weights have 7 bits, leave the "
+            "target out, or keep the network in floats."
         )
     return found
+
+
+def _has_narrow_weights(program: ExportedProgram) -> bool:
+    """Say whether all int8 weights are of 7 bits: two products with uint8 fit into 16 bits then."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    weights = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8]
+    return all(int(weight.short().abs().amax()) <= 64 for weight in weights if weight.dim() > 1)
 
 
 def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str, Any]) -> Census:

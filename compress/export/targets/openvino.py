@@ -10,9 +10,10 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
+from compress.export.onnx_graph import has_narrow_weights
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
-from compress.runtime.engines.openvino import compile_model
+from compress.runtime.engines.openvino import NARROW, compile_model
 
 __all__ = ["FILE", "PARTS", "build", "census", "requires"]
 
@@ -37,15 +38,20 @@ def build(program: ExportedProgram, path: Path) -> Census:
         raise MissingPackageError("openvino", "openvino") from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        file.write_bytes(translate(program, target="openvino").SerializeToString())
-        openvino.save_model(openvino.convert_model(str(file)), str(path), compress_to_fp16=False)
+        translated = translate(program, target="openvino")
+        file.write_bytes(translated.SerializeToString())
+        model = openvino.convert_model(str(file))
+    if has_narrow_weights(translated):
+        model.set_rt_info("1", NARROW)
+    openvino.save_model(model, str(path), compress_to_fp16=False)
     return census(path)
 
 
 def census(path: Path) -> Census:
     """Count the kernels of the graph as OpenVINO compiles it, by the precision that it says it runs them in.
 
-    On a processor without VNNI these are the kernels of processors with it: the engine then computes in floats.
+    On a processor without VNNI these are the kernels of processors with it: there the engine computes in floats, unless
+    all weights are narrow.
     """
     int8, floats, others = Counter[str](), Counter[str](), Counter[str]()
     for node in compile_model(path, None, integers=True).get_runtime_model().get_ordered_ops():

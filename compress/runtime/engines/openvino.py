@@ -12,10 +12,12 @@ import numpy as np
 from compress.errors import MissingPackageError
 from compress.measure.machine import describe_machine, has_vnni
 
-__all__ = ["PACKAGES", "OpenVINOEngine", "compile_model", "make"]
+__all__ = ["NARROW", "PACKAGES", "OpenVINOEngine", "compile_model", "make"]
 
 PACKAGES = ("openvino",)
 RUNS_CODE = False
+NARROW = ["compress", "narrow_weights"]
+"""Where a graph notes that its int8 weights have 7 bits."""
 
 
 class OpenVINOEngine:
@@ -61,8 +63,8 @@ def compile_model(path: Path, num_threads: int | None, *, integers: bool | None 
     Args:
         path: The ``.xml`` file.
         num_threads: Threads of one call; all cores of this process without it.
-        integers: Whether integer kernels may be used; by default where this processor has VNNI, since without it
-            their sums of two products overflow 16 bits and outputs are wrong.
+        integers: Whether integer kernels may be used; by default where this processor has VNNI, or all weights are
+            noted to be of 7 bits: else their sums of two products overflow 16 bits and outputs are wrong.
 
     Raises:
         MissingPackageError: when openvino is not installed.
@@ -78,7 +80,7 @@ def compile_model(path: Path, num_threads: int | None, *, integers: bool | None 
     }
     core = openvino.Core()
     model = core.read_model(str(path))
-    if not (has_vnni() if integers is None else integers):
+    if not (has_vnni() or model.has_rt_info(NARROW) if integers is None else integers):
         # Integer kernels need integer weights: as floats, they are multiplied as floats.
         passes = openvino.passes.Manager()
         passes.register_pass(openvino.passes.ConstantFolding())

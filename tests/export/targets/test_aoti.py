@@ -112,6 +112,21 @@ def test_without_vnni_integers_are_refused(tmp_path: Path, monkeypatch: pytest.M
     assert (found.int8_kernels, found.float_kernels) == (0, 1)
 
 
+def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    inputs, layer = torch.rand(64, 256), nn.Linear(256, 8).eval()
+    with torch.no_grad():
+        layer.weight.abs_()  # pairs of products add up
+    prepared = prepare(layer, [inputs[:2]], "int8_reduced")
+    calibrate(prepared, [(inputs,)])
+    converted = convert(prepared.eval())
+    monkeypatch.setattr(aoti, "has_vnni", lambda: False)
+    census = aoti.build(export_program(converted, [inputs[:2]]), tmp_path / aoti.FILE)
+    assert (census.int8_kernels, census.float_kernels) == (1, 0)
+    (found,) = make_engine("aoti", tmp_path / aoti.FILE)([inputs])
+    torch.testing.assert_close(found, converted(inputs), rtol=1e-4, atol=1e-4)
+
+
 def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler

@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compress.export.parity import check_parity, reference_outputs
 from compress.export.targets import openvino
+from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine
 from compress.runtime.engines import openvino as engine_module
+from compress.surgery.capture import export_program
 from tests.export.networks import KINDS, network
 from tests.export.programs import floating, quantized
 from tests.export.targets.checks import check_outputs
@@ -59,8 +62,30 @@ def test_without_exact_sums_it_computes_in_floats(tmp_path: Path, monkeypatch: p
     wanted = reference_outputs(made.prepared, [made.inputs])
     found = check_parity(make_engine("openvino", path), wanted, [made.inputs])
     assert found.batches.relative_error < 0.01
-    kinds = {
+    kinds = precisions(path)
+    assert (kinds["Convolution"], kinds["FullyConnected"]) == ("f32", "f32")
+
+
+def test_sums_of_narrow_weights_need_no_vnni(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    second = nn.Conv2d(32, 16, 3)
+    net = nn.Sequential(nn.Conv2d(16, 32, 3), nn.ReLU(), second, nn.Flatten(), nn.Linear(1024, 4)).eval()
+    with torch.no_grad():
+        second.weight.abs_()  # pairs of products add up
+    inputs = torch.rand(8, 16, 12, 12)
+    prepared = prepare(net, (inputs[:2],), "int8_reduced")
+    calibrate(prepared, [(inputs,)])
+    path = tmp_path / openvino.FILE
+    openvino.build(export_program(convert(prepared.eval()), (inputs[:2],)), path)
+    monkeypatch.setattr(engine_module, "has_vnni", lambda: False)
+    kinds = precisions(path)
+    assert "f32" not in (kinds["Convolution"], kinds["FullyConnected"])
+    found = check_parity(make_engine("openvino", path), reference_outputs(prepared, [inputs]), [inputs])
+    assert found.batches.relative_error < 0.01
+
+
+def precisions(path: Path) -> dict[str, str]:
+    return {
         str(node.get_rt_info()["layerType"].astype(str)): str(node.get_rt_info()["runtimePrecision"].astype(str))
         for node in engine_module.compile_model(path, None).get_runtime_model().get_ordered_ops()
     }
-    assert (kinds["Convolution"], kinds["FullyConnected"]) == ("f32", "f32")

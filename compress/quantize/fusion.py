@@ -1,0 +1,42 @@
+"""PT2E's fusion of convolutions and BatchNorms, without the kinds of convolution that a graph does not have.
+
+torchao captures three patterns for each of four kinds every time, half a second a pattern, and looks for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.fx import GraphModule
+from torch.nn import functional
+
+__all__ = ["fused_kinds_alone"]
+
+_ATEN = torch.ops.aten
+_OPERATORS: dict[Callable[..., Any], tuple[Any, ...]] = {
+    functional.conv1d: (_ATEN.conv1d.default, _ATEN.conv1d.padding),
+    functional.conv2d: (_ATEN.conv2d.default, _ATEN.conv2d.padding),
+    functional.conv_transpose1d: (_ATEN.conv_transpose1d.default,),
+    functional.conv_transpose2d: (_ATEN.conv_transpose2d.input,),
+}
+
+
+@contextmanager
+def fused_kinds_alone() -> Iterator[None]:
+    """Have torchao look for the patterns of those convolutions alone that the graph has; results are the same."""
+    from torchao.quantization.pt2e import qat_utils
+
+    fuse = qat_utils._fuse_conv_bn_qat_helper
+
+    def fuse_if_present(graph_module: GraphModule, kind: Callable[..., Any], *others: Any, **more: Any) -> GraphModule:
+        targets = {node.target for node in graph_module.graph.nodes}
+        if targets.isdisjoint(_OPERATORS.get(kind, targets)):
+            return graph_module
+        return fuse(graph_module, kind, *others, **more)  # type: ignore[no-any-return]
+
+    with patch.object(qat_utils, "_fuse_conv_bn_qat_helper", fuse_if_present):
+        yield
