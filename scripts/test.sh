@@ -15,4 +15,4 @@ heading "lint-imports"
 lint-imports
 heading "pytest${*:+ $*}"
 # A file's tests share what it trains, so a file stays together; one thread each, or processes wait for one another.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n logical --dist loadfile "$@"
+OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest -n logical --dist loadfile --no-loadscope-reorder "$@"
