@@ -7,7 +7,7 @@ floats. Each function here mends one such place in a model, in memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -115,6 +115,20 @@ class OnnxGraph:
         self.nodes = [other for other in self.nodes if other is not node]
         del self.makers[node.output[0]]
 
+    def quantize(self, name: str, users: Sequence[NodeProto], low: float, high: float) -> None:
+        """Have nodes read a value rounded to uint8 between two numbers."""
+        scale = np.float32((high - low) / 255)
+        zero_point = np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
+        constants = [
+            self.constant(f"{name}_scale", np.array(scale)),
+            self.constant(f"{name}_zero", np.array(zero_point)),
+        ]
+        first = next(node for node in self.nodes if any(node is user for user in users))
+        integers = self.insert(first, "QuantizeLinear", [name, *constants], f"{name}_quantized")
+        floats = self.insert(first, "DequantizeLinear", [integers, *constants], f"{name}_dequantized")
+        for user in users:
+            _redirect(user, name, floats)
+
     def finish(self) -> None:
         """Write the nodes back, and drop constants that nobody reads any more."""
         del self.graph.node[:]
@@ -195,7 +209,7 @@ def quantize_branches(graph: OnnxGraph) -> None:
             added = graph.range(quantized)
             if total[0] is None or added is None or len(graph.users(branch)) != 1:
                 continue
-            _quantize_value(graph, branch, add, total[0][0] - added[1], total[0][1] - added[0])
+            graph.quantize(branch, [add], total[0][0] - added[1], total[0][1] - added[0])
             break
 
 
@@ -279,14 +293,6 @@ def _all_constants(graph: GraphProto) -> Iterator[np.ndarray]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _all_constants(attribute.g)
-
-
-def _quantize_value(graph: OnnxGraph, name: str, user: NodeProto, low: float, high: float) -> None:
-    scale = np.float32((high - low) / 255)
-    zero_point = np.uint8(np.clip(np.rint(-low / float(scale)), 0, 255))
-    constants = [graph.constant(f"{name}_scale", np.array(scale)), graph.constant(f"{name}_zero", np.array(zero_point))]
-    integers = graph.insert(user, "QuantizeLinear", [name, *constants], f"{name}_quantized")
-    _redirect(user, name, graph.insert(user, "DequantizeLinear", [integers, *constants], f"{name}_dequantized"))
 
 
 def _quantized_layers(graph: OnnxGraph) -> Iterator[tuple[NodeProto, NodeProto, NodeProto]]:

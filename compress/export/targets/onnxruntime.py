@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.onnx_graph import mark_narrow
+from compress.export.onnx_activations import quantize_preactivations
+from compress.export.onnx_graph import OnnxGraph, mark_narrow
 from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
@@ -45,6 +46,9 @@ def build(program: ExportedProgram, path: Path) -> Census:
         MissingPackageError: when onnx, onnxscript or onnxruntime is not installed.
     """
     model = translate(program, target="onnxruntime")
+    graph = OnnxGraph(model)
+    quantize_preactivations(graph)
+    graph.finish()
     quantize_recurrent(model)
     mark_narrow(model)
     path.write_bytes(model.SerializeToString())
