@@ -18,6 +18,7 @@ from compress.surgery.lengths import Length, lengths_of, user_inputs
 __all__ = [
     "drop_assertions",
     "drop_traces",
+    "flatten_attention",
     "input_specs",
     "largest_batch",
     "loosen_views",
@@ -147,6 +148,27 @@ def drop_traces(program: ExportedProgram) -> None:
     for node in program.graph_module.graph.nodes:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "from_node"):
             node.meta.pop(key, None)
+
+
+def flatten_attention(graph_module: GraphModule) -> int:
+    """Give attention over more than four dimensions four, in place, all that ONNX has; return how many there were."""
+    attention, reshape = torch.ops.aten.scaled_dot_product_attention.default, torch.ops.aten.reshape.default
+    changed = 0
+    for node in [node for node in graph_module.graph.nodes if node.target is attention]:
+        shapes = [value.meta["val"].shape for value in (*node.args[:3], node)]
+        masked = len(node.args) > 3 and node.args[3] is not None
+        fixed = all(isinstance(size, int) for shape in shapes for size in shape[1:])
+        if masked or not fixed or min(map(len, shapes)) <= 4:
+            continue
+        for index, shape in enumerate(shapes[:3]):
+            with graph_module.graph.inserting_before(node):
+                flat = graph_module.graph.call_function(reshape, (node.args[index], [-1, *shape[-3:]]))
+            node.update_arg(index, flat)
+        with graph_module.graph.inserting_after(node):
+            whole = graph_module.graph.call_function(reshape, (node, [-1, *shapes[3][1:]]))
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
+        changed += 1
+    return changed
 
 
 def loosen_views(graph_module: GraphModule) -> None:

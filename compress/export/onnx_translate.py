@@ -12,6 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from compress.errors import ExportSkippedError, MissingPackageError
+from compress.export.graph import flatten_attention, rewritten
 from compress.export.onnx_graph import rewrite
 from compress.surgery.lengths import lengths_of
 from compress.surgery.recurrent import kept_whole
@@ -47,6 +48,7 @@ def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[Model
         raise ExportSkippedError(
             f"{target}: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."
         )
+    program = rewritten(program, flatten_attention)
     try:
         with torch.no_grad(), _quiet(), kept_whole(lengths_of(program)):
             translated = torch.onnx.export(program, dynamo=True)

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from compress.errors import ExportError
-from compress.export.graph import drop_traces, input_specs, largest_batch, rewritten, widen_single_channels
+from compress.export.graph import (
+    drop_traces,
+    flatten_attention,
+    input_specs,
+    largest_batch,
+    rewritten,
+    widen_single_channels,
+)
+from compress.export.targets import onnxruntime
 from compress.quantize import convert, prepare
+from compress.runtime.engines import make_engine
 from compress.runtime.manifest import TensorSpec
 from compress.surgery.capture import export_program
 from tests.export.programs import quantized
@@ -85,3 +96,26 @@ def test_traces_go_and_outputs_stay() -> None:
     drop_traces(program)
     assert not any("stack_trace" in node.meta for node in program.graph.nodes)
     assert torch.equal(program.module()(inputs), quantized().program.module()(inputs))
+
+
+class Blocks(nn.Module):
+    """Attention within blocks of tokens, as NesT has it: five dimensions."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.reshape(len(x), 2, 3, 4, 8)
+        return nn.functional.scaled_dot_product_attention(x, x * 2, x[..., :5], scale=0.3).flatten(1)
+
+
+def test_attention_of_five_dimensions_gets_four_and_gives_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 192)
+    program = export_program(Blocks(), (x[:2],))
+    flat = rewritten(program, flatten_attention)
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    nodes = [node for node in flat.graph_module.graph.nodes if node.target is attention]
+    assert [[len(value.meta["val"].shape) for value in node.all_input_nodes] for node in nodes] == [[4, 4, 4]]
+    assert torch.allclose(flat.module()(x), Blocks()(x), atol=1e-6)
+    assert rewritten(flat, flatten_attention) is flat
+    onnxruntime.build(program, tmp_path / onnxruntime.FILE)
+    (found,) = make_engine("onnxruntime", tmp_path / onnxruntime.FILE)([x.numpy()])
+    assert torch.allclose(torch.from_numpy(found), Blocks()(x), atol=1e-5)
