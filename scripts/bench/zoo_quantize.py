@@ -81,7 +81,8 @@ def _pruned(network: nn.Module, inputs: Any) -> nn.Module:
 
 
 def _quantize(network: nn.Module, inputs: Any, row: dict[str, Any]) -> Captured:
-    tensors = [_FirstOutput(network.eval())(*inputs), _FirstOutput(_rounded(network))(*inputs)]
+    with torch.no_grad():  # some keep what they have computed, and a copy cannot have a graph of gradients
+        tensors = [_FirstOutput(network.eval())(*inputs), _FirstOutput(_rounded(network))(*inputs)]
     prepared = prepare(network if isinstance(network, Captured) else _FirstOutput(network).eval(), inputs, "int8")
     calibrate(prepared, [inputs], ranges="minmax")
     found = coverage(prepared, inputs)
