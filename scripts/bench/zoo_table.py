@@ -67,7 +67,8 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
     """The table of int8 after training; architectures that have not been quantised are left out."""
     done = [(name, rows[name]) for name in names if rows[name]]
     high = sum(min(_shares(row), default=0.0) >= _SHARE for _, row in done)
-    rough = sum("(" in _agreement(row) or "(" in _agreement(row.get("pruned", {})) for _, row in done)
+    passing = [row for _, row in done if row["pass"]]
+    rough = sum("(" in _agreement(row) + _agreement(row.get("pruned", {})) for row in passing)
     lines = [
         f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise before and after pruning; "
         f"{high} have at least {_SHARE:.0%} of their MACs in int8 both times.",
