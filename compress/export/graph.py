@@ -16,9 +16,11 @@ from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length, lengths_of, user_inputs
 
 __all__ = [
+    "LARGEST_NARROW",
     "drop_assertions",
     "drop_traces",
     "flatten_attention",
+    "has_narrow_weights",
     "input_specs",
     "largest_batch",
     "loosen_views",
@@ -27,6 +29,9 @@ __all__ = [
     "spare_inputs",
     "widen_single_channels",
 ]
+
+LARGEST_NARROW = 64
+"""The largest weight of 7 bits, either way."""
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
 
@@ -158,7 +163,8 @@ def flatten_attention(graph_module: GraphModule) -> int:
         shapes = [value.meta["val"].shape for value in (*node.args[:3], node)]
         masked = len(node.args) > 3 and node.args[3] is not None
         fixed = all(isinstance(size, int) for shape in shapes for size in shape[1:])
-        if masked or not fixed or min(map(len, shapes)) <= 4:
+        alike = len({str(shape[:-3]) for shape in shapes[:3]}) == 1
+        if masked or not fixed or not alike or min(map(len, shapes)) <= 4:
             continue
         for index, shape in enumerate(shapes[:3]):
             with graph_module.graph.inserting_before(node):
@@ -169,6 +175,17 @@ def flatten_attention(graph_module: GraphModule) -> int:
         node.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
         changed += 1
     return changed
+
+
+def has_narrow_weights(program: ExportedProgram) -> bool:
+    """Say whether a quantised program has int8 weights, all of 7 bits.
+
+    Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
+    """
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    integers = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8]
+    weights = [tensor for tensor in integers if tensor.dim() > 1]
+    return bool(weights) and all(int(weight.short().abs().amax()) <= LARGEST_NARROW for weight in weights)
 
 
 def loosen_views(graph_module: GraphModule) -> None:

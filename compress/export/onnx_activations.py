@@ -23,7 +23,8 @@ __all__ = ["quantize_preactivations"]
 
 _SAME_VALUES = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _STEPS = 100_001
-_BEYOND = 12.0  # all of them are straight or flat from here on, to less than a step
+_BEYOND = 12.0  # above the largest result, all of them are straight from here on, to less than a step
+_WIDEST = 8.0  # times the result's range, three bits: LeakyReLU behind a range around zero reaches much farther
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -32,7 +33,8 @@ def quantize_preactivations(graph: OnnxGraph) -> int:
     """Quantise the results of quantised convolutions whose activation's result is quantised, in place.
 
     What is known of the result bounds what goes in: beyond some numbers the quantised result changes no more, so
-    clipping there loses nothing. In between it costs a second rounding.
+    clipping there loses nothing. In between it costs a second rounding; where that would be of steps more than eight
+    times as wide as the result's, the convolution is left as it is.
 
     Returns:
         How many there were.
@@ -108,9 +110,11 @@ def _limits(graph: OnnxGraph, function: Activation, result: str) -> tuple[float,
     if not known or len(known) < len(ranges):
         return None
     low, high = min(limits[0] for limits in known), max(limits[1] for limits in known)
-    span = torch.linspace(-_BEYOND - high, _BEYOND + high, _STEPS, dtype=torch.float64)
+    reach = _BEYOND + high + _WIDEST * (high - low)
+    span = torch.linspace(-reach, reach, _STEPS, dtype=torch.float64)
     values = (function(span).clamp(low, high) * (255 / (high - low))).round()
     changes = (values[1:] != values[:-1]).nonzero().flatten()
     if not len(changes):
         return None
-    return min(float(span[changes[0]]), 0.0), max(float(span[changes[-1] + 1]), 0.0)
+    least, most = min(float(span[changes[0]]), 0.0), max(float(span[changes[-1] + 1]), 0.0)
+    return (least, most) if most - least <= _WIDEST * (high - low) else None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from compress.export.graph import LARGEST_NARROW
 from compress.runtime.engines.onnxruntime import NARROW
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ __all__ = [
     "OnnxGraph",
     "drop_metadata",
     "drop_relus",
-    "has_narrow_weights",
     "mark_narrow",
     "narrow_relus",
     "pool_globally",
@@ -263,24 +263,16 @@ def drop_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-def has_narrow_weights(model: ModelProto) -> bool:
-    """Say whether all int8 weights of a model are of 7 bits, and nothing else is int8.
-
-    Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
-    """
+def mark_narrow(model: ModelProto) -> None:
+    """Note in a model that its int8 weights have 7 bits, where all do, those of loops too, and nothing else is int8."""
     graph = OnnxGraph(model)
     weights = [value for value in _all_constants(model.graph) if value.dtype == np.int8 and value.ndim > 1]
     others = any(
         node.op_type == "QuantizeLinear" and (found := graph.scale(node)) is not None and found[1].dtype == np.int8
         for node in graph.nodes
     )
-    narrow = all(np.abs(value.astype(np.int16)).max(initial=0) <= 64 for value in weights)
-    return bool(weights) and not others and narrow
-
-
-def mark_narrow(model: ModelProto) -> None:
-    """Note in a model that its weights are narrow, where they are."""
-    if has_narrow_weights(model):
+    narrow = all(np.abs(value.astype(np.int16)).max(initial=0) <= LARGEST_NARROW for value in weights)
+    if weights and narrow and not others:
         model.metadata_props.add(key=NARROW, value="1")
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from compress.errors import MissingPackageError
+from compress.errors import ExportSkippedError, MissingPackageError
 
 __all__ = ["with_tuned_single"]
 
 _OTHER_PROCESSORS = ("cuda", "rocm", "metal", "hexagon", "riscv_cpu")
 _PER_ROUND = 16
+_CRASHES = (0, 1, 15)  # of apache-tvm-ffi, with apache-tvm 0.27
 
 
 def with_tuned_single(module: Any, single: Any, target: Any, trials: int, name: str) -> Any:
@@ -27,12 +30,17 @@ def with_tuned_single(module: Any, single: Any, target: Any, trials: int, name: 
 
     Raises:
         MissingPackageError: when psutil or cloudpickle, which the search needs, is not installed.
+        ExportSkippedError: when TVM's library is one that ends this process in the search.
     """
     for package in ("psutil", "cloudpickle"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingPackageError(package, "tvm") from error
+        if find_spec(package) is None:
+            raise MissingPackageError(package, "tvm")
+    installed = version("apache-tvm-ffi")
+    if tuple(map(int, installed.split(".")[:3])) >= _CRASHES:
+        raise ExportSkippedError(
+            f"tvm: expected apache-tvm-ffi below 0.1.15 to tune, since searches crash from there on, got {installed}. "
+            "Install an earlier one, or leave trials out."
+        )
     _leave_out_intrinsics()
     from tvm import relax, transform
     from tvm.s_tir.meta_schedule.relax_integration import tune_relax

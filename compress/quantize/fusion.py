@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch.fx import GraphModule
@@ -30,7 +29,7 @@ def fused_kinds_alone() -> Iterator[None]:
     """Have torchao look for the patterns of those convolutions alone that the graph has; results are the same."""
     from torchao.quantization.pt2e import qat_utils
 
-    fuse = qat_utils._fuse_conv_bn_qat_helper
+    fuse = qat_utils._fuse_conv_bn_qat_helper  # torchao has no public place to say so
 
     def fuse_if_present(graph_module: GraphModule, kind: Callable[..., Any], *others: Any, **more: Any) -> GraphModule:
         targets = {node.target for node in graph_module.graph.nodes}
@@ -38,5 +37,8 @@ def fused_kinds_alone() -> Iterator[None]:
             return graph_module
         return fuse(graph_module, kind, *others, **more)  # type: ignore[no-any-return]
 
-    with patch.object(qat_utils, "_fuse_conv_bn_qat_helper", fuse_if_present):
+    qat_utils._fuse_conv_bn_qat_helper = fuse_if_present
+    try:
         yield
+    finally:
+        qat_utils._fuse_conv_bn_qat_helper = fuse

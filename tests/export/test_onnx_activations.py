@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from onnx import ModelProto
 from torch import nn
 from torch.nn import functional
 
@@ -43,35 +44,58 @@ def test_convolutions_before_smooth_activations_are_in_integers(name: str, tmp_p
     assert found.batches.relative_error < 0.05
 
 
-@pytest.mark.parametrize(
-    ("kind", "function", "low", "high"),
-    [("HardSwish", functional.hardswish, -3.0, 4.6), ("Gelu", functional.gelu, -3.0, 4.6)],
-)
-def test_what_is_clipped_changes_no_result(
-    kind: str, function: Callable[[torch.Tensor], torch.Tensor], low: float, high: float
-) -> None:
-    made = model(
+def activated(kind: str, scale: float, zero_point: int, **attributes: float) -> ModelProto:
+    return model(
         [
             *(node("DequantizeLinear", f"{name}_q s z", name) for name in ("x", "w")),
             node("Conv", "x w", "y"),
-            node(kind, "y", "a"),
+            node(kind, "y", "a", **attributes),
             node("QuantizeLinear", "a s z", "q"),
             node("DequantizeLinear", "q s z", "out"),
         ],
-        {"s": np.float32(5 / 255), "z": np.uint8(20), "w_q": np.ones((1, 1, 1, 1), np.uint8)},
+        {"s": np.float32(scale), "z": np.uint8(zero_point), "w_q": np.ones((1, 1, 1, 1), np.uint8)},
         {"x_q": [None, 1, 1, 1]},
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "function", "scale", "zero_point", "limits", "attributes"),
+    [
+        ("HardSwish", functional.hardswish, 5 / 255, 20, (-3.0, 4.6), {}),
+        ("HardSwish", functional.hardswish, 8 / 255, 127, (-3.0, 4.0), {}),
+        ("Gelu", functional.gelu, 5 / 255, 20, (-2.6, 4.6), {}),
+        ("Elu", functional.elu, 5 / 255, 51, (-5.0, 4.0), {}),
+        ("LeakyRelu", lambda x: functional.leaky_relu(x, 0.1), 0.1, 60, (-59.5, 19.5), {"alpha": 0.1}),
+    ],
+)
+def test_what_is_clipped_changes_no_result(
+    kind: str,
+    function: Callable[[torch.Tensor], torch.Tensor],
+    scale: float,
+    zero_point: int,
+    limits: tuple[float, float],
+    attributes: dict[str, float],
+) -> None:
+    made = activated(kind, scale, zero_point, **attributes)
     graph = OnnxGraph(made)
     assert quantize_preactivations(graph) == 1
     graph.finish()
     between = next(entry for entry in made.graph.node if entry.op_type == "QuantizeLinear" and entry.input[0] == "y")
-    limits = OnnxGraph(made).range(between)
-    assert limits is not None
-    assert limits[0] == pytest.approx(low, abs=0.35)
-    assert limits[1] == pytest.approx(high, abs=0.1)
-    top = torch.tensor(5.0 / 255 * (255 - 20))
-    assert float(function(torch.tensor(limits[1] + 0.1))) > float(top) - 0.1
+    found = OnnxGraph(made).range(between)
+    assert found is not None
+    assert found == pytest.approx(limits, abs=0.4)
+    x = torch.linspace(-99, 99, 10_001)
+    results = [
+        (function(values) / scale + zero_point).round().clamp(0, 255)  # the zero point's rounding shifts the range
+        for values in (x, x.clamp(*found))
+    ]
+    assert (results[0] - results[1]).abs().max() <= 1
     assert quantize_preactivations(OnnxGraph(made)) == 0  # it is done
+
+
+def test_a_range_that_reaches_much_farther_than_the_result_is_not_rounded_again() -> None:
+    made = activated("LeakyRelu", 0.03, 127, alpha=0.01)  # around zero: down to -3.8, which is -380 before it
+    assert quantize_preactivations(OnnxGraph(made)) == 0
 
 
 def test_other_readers_keep_a_convolution_as_it_is() -> None:

@@ -1,3 +1,5 @@
+from __future__ import annotations
+
 import copy
 from contextlib import nullcontext
 from typing import Any
@@ -24,11 +26,13 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_only_patterns_of_present_convolutions_are_captured_and_nothing_else_changes(name, monkeypatch):
+def test_only_patterns_of_present_convolutions_are_captured_and_nothing_else_changes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make, shape = NETWORKS[name]
     torch.manual_seed(0)
     network, x = make(), torch.randn(shape)
-    captured = []
+    captured: list[Any] = []
     capture = qat_utils._get_aten_graph_module_for_pattern
 
     def counted(*given: Any) -> GraphModule:
@@ -45,3 +49,4 @@ def test_only_patterns_of_present_convolutions_are_captured_and_nothing_else_cha
     assert num_ours < len(captured)
     assert str(ours.graph_module.graph) == str(theirs.graph_module.graph)
     assert torch.equal(ours.train()(x), theirs.train()(x))
+    assert qat_utils._fuse_conv_bn_qat_helper.__module__ == qat_utils.__name__  # as it was

@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from compress.errors import ExportError
 from compress.export.archive import repack
-from compress.export.graph import rewritten, spare_inputs, widen_single_channels
+from compress.export.graph import has_narrow_weights, rewritten, spare_inputs, widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
 from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
@@ -62,7 +62,7 @@ def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -
     # Else the number of threads of this machine is written into the code.
     settings = {"cpp.dynamic_threads": True, "max_autotune": max_autotune}
     found = compile_package(rewritten(program, _for_inductor), path, settings)
-    if found.int8_kernels and not (has_vnni() or _has_narrow_weights(program)):
+    if found.int8_kernels and not (has_vnni() or has_narrow_weights(program)):
         path.unlink()
         raise ExportSkippedError(
             "aoti: expected a processor with VNNI for int8, got one without: sums of products overflow there, and "
@@ -70,13 +70,6 @@ def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -
             "target out, or keep the network in floats."
         )
     return found
-
-
-def _has_narrow_weights(program: ExportedProgram) -> bool:
-    """Say whether all int8 weights are of 7 bits: two products with uint8 fit into 16 bits then."""
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    weights = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8]
-    return all(int(weight.short().abs().amax()) <= 64 for weight in weights if weight.dim() > 1)
 
 
 def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str, Any]) -> Census:

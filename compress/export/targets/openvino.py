@@ -10,7 +10,7 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.onnx_graph import has_narrow_weights
+from compress.export.graph import has_narrow_weights
 from compress.export.onnx_translate import translate
 from compress.export.targets import Census
 from compress.runtime.engines.openvino import NARROW, compile_model
@@ -38,10 +38,9 @@ def build(program: ExportedProgram, path: Path) -> Census:
         raise MissingPackageError("openvino", "openvino") from error
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
-        translated = translate(program, target="openvino")
-        file.write_bytes(translated.SerializeToString())
+        file.write_bytes(translate(program, target="openvino").SerializeToString())
         model = openvino.convert_model(str(file))
-    if has_narrow_weights(translated):
+    if has_narrow_weights(program):
         model.set_rt_info("1", NARROW)
     openvino.save_model(model, str(path), compress_to_fp16=False)
     return census(path)
