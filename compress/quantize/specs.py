@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import Scheme
 
+_LEAST_STEP = 6.2e-5  # PyTorch's fused kernel makes none below 6.1e-5 on a CPU
+_LEAST_OF_LARGEST = 2.0**-12
+
 __all__ = ["activation_spec", "fake_quantizer", "guard_ranges", "weight_spec", "x86_config"]
 
 
@@ -92,8 +95,12 @@ def fake_quantizer(spec: Any, *, axis: int | None = None) -> Any:
 
 
 def guard_ranges(module: Any) -> None:
-    """Let a fake quantizer compute in float32 and keep its zero where the scheme has it."""
+    """Let a fake quantizer compute in float32, keep its zero where the scheme has it, and make steps of any size."""
+    from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
+
     module.register_forward_pre_hook(_in_float32)
+    if isinstance(module, FusedMovingAvgObsFakeQuantize):
+        module.register_forward_hook(_with_small_steps)
     if hasattr(module, "scale_of"):
         return  # has no zero point to be kept at zero
     if module.qscheme == torch.per_tensor_symmetric:
@@ -140,3 +147,24 @@ def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
         module.zero_point.resize_(len(rows)).zero_()
     for buffer, value in zip((low, high), around_zero(low, high)):
         buffer.copy_(value)
+
+
+def _with_small_steps(module: Any, inputs: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
+    """Round once more, by steps as small as the range asks, where the kernel on a CPU has taken larger ones.
+
+    A row of weights far below the others of its layer keeps wider steps: engines count biases in them, in 32 bits.
+    """
+    from compress.quantize.fake import scale_of
+
+    if module.scale.device.type != "cpu" or not module.fake_quant_enabled or not (module.scale < _LEAST_STEP).any():
+        return rounded
+    observer, (low, high) = module.activation_post_process, (module.quant_min, module.quant_max)
+    symmetric = module.is_symmetric_quant
+    scale, zero_point = scale_of(observer.min_val, observer.max_val, low, high, symmetric=symmetric)
+    scale = scale.clamp(min=min(_LEAST_STEP, float(scale.amax()) * _LEAST_OF_LARGEST))
+    module.scale.copy_(scale)
+    module.zero_point.copy_(zero_point)
+    if module.is_per_channel:
+        axis = module.ch_axis
+        return torch.fake_quantize_per_channel_affine(inputs[0], module.scale, module.zero_point, axis, low, high)
+    return torch.fake_quantize_per_tensor_affine(inputs[0], module.scale, module.zero_point, low, high)

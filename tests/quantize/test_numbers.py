@@ -51,6 +51,31 @@ def test_int8() -> None:
         assert torch.allclose(got, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8_portable"])
+@pytest.mark.parametrize(("of_weights", "of_inputs"), [(1e-4, 1.0), (1.0, 1e-4), (1e-3, 1e-3)])
+def test_int8_of_small_numbers_is_int8_of_large_ones(scheme: str, of_weights: float, of_inputs: float) -> None:
+    """PyTorch's kernel has no steps below 6.1e-5, where 8 bits would be two or three."""
+    net, x = linear()
+    with torch.no_grad():
+        net.bias.zero_()
+        net.weight.mul_(of_weights)
+    x = of_inputs * x
+    expected = net(x)
+    for got in outputs(net, x, scheme, x)[:2]:
+        assert float((got - expected).norm() / expected.norm()) < 0.02
+
+
+def test_a_row_far_below_the_others_keeps_steps_in_which_a_bias_can_be_counted() -> None:
+    net, x = linear()
+    with torch.no_grad():
+        net.weight[1:3] *= torch.tensor([[1e-3], [1e-9]])
+    _, _, state = outputs(net, x, "int8", x)
+    (scales,) = [tensor for name, tensor in state.items() if tensor.shape == (5,) and "scale" in name]
+    steps = int8_weights(net.weight.detach())[1]
+    assert torch.allclose(scales[[0, 1, 3, 4]], steps[[0, 1, 3, 4]])
+    assert float(scales[2]) == pytest.approx(float(steps.max()) / 4096)
+
+
 def test_int8_portable_is_symmetric() -> None:
     net, x = linear()
     weights, steps = int8_weights(net.weight.detach())

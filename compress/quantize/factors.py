@@ -1,0 +1,53 @@
+"""The factors by which PT2E scales a convolution's weight before it is rounded, and divides what it gives.
+
+They are those of the BatchNorm behind it, gamma over the spread. Norms whose gamma is zero are common: residual blocks
+begin as nothing (Goyal et al. 2017, arXiv:1706.02677, section 5.1), and training for sparsity ends there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+__all__ = ["factors_as_they_are", "factors_without_zeros"]
+
+_aten = torch.ops.aten
+
+
+def factors_without_zeros(graph_module: GraphModule) -> None:
+    """Let factors of zero be one, in place: no weight is lost by them, and nothing is divided by zero.
+
+    The norm gives what it gave, since its own gamma is untouched, and gamma gets its gradient.
+    """
+    for factor in [node for node in graph_module.graph.nodes if _is_factor(node)]:
+        with graph_module.graph.inserting_after(factor):
+            there = graph_module.graph.call_function(_aten.ne.Scalar, (factor, 0))
+        with graph_module.graph.inserting_after(there):
+            chosen = graph_module.graph.call_function(_aten.where.ScalarOther, (there, factor, 1.0))
+        there.meta = chosen.meta = dict(factor.meta)
+        factor.replace_all_uses_with(chosen, delete_user_cb=lambda user, own=(there, chosen): user not in own)
+    graph_module.recompile()
+
+
+def factors_as_they_are(graph_module: GraphModule) -> None:
+    """Undo ``factors_without_zeros``: a weight that is deployed has its norm in it."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is _aten.where.ScalarOther and _is_factor(node.args[1]):
+            node.replace_all_uses_with(node.args[1])
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def _is_factor(node: Any) -> bool:
+    """Say whether a node is a norm's gamma over its spread."""
+    if not (isinstance(node, Node) and node.target is _aten.div.Tensor):
+        return False
+    gamma, spread = node.args
+    return (
+        isinstance(gamma, Node)
+        and gamma.op == "get_attr"
+        and isinstance(spread, Node)
+        and spread.target is _aten.sqrt.default
+    )

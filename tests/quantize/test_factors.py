@@ -1,0 +1,77 @@
+"""Convolutions whose BatchNorm has a gamma of zero, as residual blocks begin."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from compress.quantize import calibrate, convert, prepare
+
+LAYERS = {
+    "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (8, 4, 9)),
+    "conv2d": (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (8, 4, 9, 9)),
+    "conv3d": (nn.Conv3d(4, 6, 3), nn.BatchNorm3d(6), (8, 4, 5, 5, 5)),
+}
+
+
+def network_and_inputs(kind: str, dead: slice) -> tuple[nn.Sequential, torch.Tensor]:
+    torch.manual_seed(0)
+    layer, norm, shape = copy.deepcopy(LAYERS[kind])
+    x = torch.randn(shape)
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)[dead] = 0.0
+        norm.bias.normal_()
+    network = nn.Sequential(layer, norm)
+    network(x)
+    return network, x
+
+
+@pytest.mark.parametrize("dead", [slice(0, 2), slice(None)], ids=["some", "all"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_channels_of_gamma_zero_give_their_beta(kind: str, dead: slice) -> None:
+    network, x = network_and_inputs(kind, dead)
+    prepared = prepare(copy.deepcopy(network), [x], "int8")
+    calibrate(prepared, [[x]], ranges="minmax")
+    expected = network.eval()(x)
+    for integers in (prepared.eval(), convert(prepared)):
+        got = integers(x)
+        assert torch.allclose(got[:, dead], expected[:, dead], atol=float(expected.abs().amax()) / 200)
+        assert float((got - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gamma_learns_from_zero(kind: str) -> None:
+    network, x = network_and_inputs(kind, slice(None))
+    network.train()
+    prepared = prepare(copy.deepcopy(network), [x], "int8").train()
+    for module in prepared.graph_module.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.fake_quant_enabled[0] = 0  # type: ignore[index, operator]
+    weights = torch.randn(network(x).shape)
+    for own in (network, prepared):
+        (own(x) * weights).sum().backward()
+    expected, got = (dict(own.named_parameters())["1.weight"].grad for own in (network, prepared))
+    assert expected is not None
+    assert got is not None
+    assert float(expected.abs().amin()) > 0
+    assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().amax()))
+
+
+def test_it_trains_on_from_zero_with_rounding() -> None:
+    network, x = network_and_inputs("conv2d", slice(None))
+    prepared = prepare(network, [x], "int8").train()
+    optimizer = torch.optim.SGD(prepared.parameters(), lr=0.1)
+    target = torch.randn(prepared(x).shape)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(prepared(x), target)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < 0.9 * losses[0]
+    gamma = dict(prepared.named_parameters())["1.weight"]
+    assert float(gamma.abs().amin()) > 0
