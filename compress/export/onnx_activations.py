@@ -1,8 +1,10 @@
-"""Quantising what a convolution gives to a smooth activation, for ONNX Runtime in an ONNX file.
+"""Activations behind integer layers in an ONNX file, as ONNX Runtime has to have them to compute the layers so.
 
 oneDNN computes a convolution and its HardSwish, SiLU or GELU in one kernel and quantises what comes out; so PT2E says
 nothing of what is between. ONNX Runtime has no such kernel, and an integer convolution there only where its own result
 is quantised: without this it would compute the convolution in floats.
+
+A matrix product may give floats there, but not to a ReLU: behind that it looks for a quantization alone.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
     from compress.export.onnx_graph import OnnxGraph
 
-__all__ = ["quantize_preactivations"]
+__all__ = ["free_products", "quantize_preactivations"]
 
 _SAME_VALUES = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _STEPS = 100_001
@@ -48,6 +51,26 @@ def quantize_preactivations(graph: OnnxGraph) -> int:
         limits = found and _limits(graph, *found)
         if limits:
             graph.quantize(name, graph.users(name), *limits)
+            changed += 1
+    return changed
+
+
+def free_products(graph: OnnxGraph) -> int:
+    """Write ReLUs between quantised matrix products and floats as the larger of a number and zero, in place.
+
+    Returns:
+        How many there were.
+    """
+    changed = 0
+    for relu in [node for node in graph.nodes if node.op_type == "Relu"]:
+        product, users = graph.makers.get(relu.input[0]), graph.users(relu.output[0])
+        if product is None or product.op_type not in ("MatMul", "Gemm") or len(graph.users(relu.input[0])) != 1:
+            continue
+        if any(graph.maker(source, "DequantizeLinear") is None for source in product.input[:2]):
+            continue
+        if graph.is_output(relu.output[0]) or any(user.op_type != "QuantizeLinear" for user in users):
+            relu.op_type = "Max"
+            relu.input.append(graph.constant(f"{relu.output[0]}_least", np.zeros((), np.float32)))
             changed += 1
     return changed
 

@@ -263,8 +263,12 @@ def drop_metadata(model: ModelProto) -> None:
     del model.graph.value_info[:]
 
 
-def mark_narrow(model: ModelProto) -> None:
-    """Note in a model that its int8 weights have 7 bits, where all do, those of loops too, and nothing else is int8."""
+def mark_narrow(model: ModelProto) -> bool:
+    """Note in a model that its int8 weights have 7 bits, where all do, those of loops too, and nothing else is int8.
+
+    Returns:
+        Whether that is so.
+    """
     graph = OnnxGraph(model)
     weights = [value for value in _all_constants(model.graph) if value.dtype == np.int8 and value.ndim > 1]
     others = any(
@@ -272,8 +276,10 @@ def mark_narrow(model: ModelProto) -> None:
         for node in graph.nodes
     )
     narrow = all(np.abs(value.astype(np.int16)).max(initial=0) <= LARGEST_NARROW for value in weights)
-    if weights and narrow and not others:
-        model.metadata_props.add(key=NARROW, value="1")
+    if not (weights and narrow and not others):
+        return False
+    model.metadata_props.add(key=NARROW, value="1")
+    return True
 
 
 def _all_constants(graph: GraphProto) -> Iterator[np.ndarray]:

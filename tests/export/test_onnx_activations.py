@@ -110,3 +110,18 @@ def test_other_readers_keep_a_convolution_as_it_is() -> None:
         {"x_q": [None, 1, 1, 1]},
     )
     assert quantize_preactivations(OnnxGraph(made)) == 0
+
+
+@pytest.mark.parametrize("shape", [(4, 8), (4, 5, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_products_before_a_relu_in_floats_are_in_integers(shape: tuple[int, ...], bias: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=bias), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 8, bias=bias), nn.ReLU())
+    x = torch.randn(shape)
+    prepared = prepare(net.eval(), (x,), "int8")
+    calibrate(prepared, [(x,)])
+    path = tmp_path / onnxruntime.FILE
+    census = onnxruntime.build(export_program(convert(prepared.eval()), (x,)), path)
+    assert (census.int8_kernels, census.float_kernels) == (2, 0), census
+    found = check_parity(make_engine("onnxruntime", path), reference_outputs(prepared, [x]), [x])
+    assert found.batches.relative_error < 0.02

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.onnx_activations import quantize_preactivations
+from compress.export.onnx_activations import free_products, quantize_preactivations
 from compress.export.onnx_graph import OnnxGraph, mark_narrow
 from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
+from compress.export.onnx_weights import let_constants_fold, transpose_weights, unsigned_where_shared
 from compress.export.targets import Census
 
 if TYPE_CHECKING:
@@ -48,9 +49,15 @@ def build(program: ExportedProgram, path: Path) -> Census:
     model = translate(program, target="onnxruntime")
     graph = OnnxGraph(model)
     quantize_preactivations(graph)
+    transpose_weights(graph)
+    free_products(graph)
+    let_constants_fold(graph)
     graph.finish()
     quantize_recurrent(model)
-    mark_narrow(model)
+    if not mark_narrow(model):
+        graph = OnnxGraph(model)
+        unsigned_where_shared(graph)
+        graph.finish()
     path.write_bytes(model.SerializeToString())
     return census(path)
 
