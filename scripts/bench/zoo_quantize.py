@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from compress.surgery import Captured
 from compress.surgery.capture import export_program
 
 __all__ = ["quantize"]
+
+_LEAST_MOMENT = 0.01
+"""Of a BatchNorm's channel, as a part of the mean of all: less would make rounding of dead channels large."""
 
 
 def quantize(name: str, row: dict[str, Any]) -> None:
@@ -54,6 +58,7 @@ def _settle(network: nn.Module, inputs: Any) -> None:
 
     Fresh networks do neither, and some give outputs of 1e-9, or zeros, which no scheme's steps can hold. Means are not
     taken away: random layers give nearly the same for every input, and what is left of that is rounding, made large.
+    For the same reason a channel that sees next to nothing stays small.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -70,7 +75,8 @@ def _settle(network: nn.Module, inputs: Any) -> None:
 def _scale(norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     if isinstance(norm.running_var, Tensor):
         others = [dimension for dimension in range(inputs[0].dim()) if dimension != 1]
-        norm.running_var.copy_(inputs[0].square().mean(others))
+        moments = inputs[0].square().mean(others)
+        norm.running_var.copy_(moments.clamp(min=_LEAST_MOMENT * float(moments.mean())))
 
 
 def _pruned(network: nn.Module, inputs: Any) -> nn.Module:
@@ -93,7 +99,8 @@ def _quantize(network: nn.Module, inputs: Any, row: dict[str, Any]) -> Captured:
             tensors.append(first_output(integers(*inputs)).double())
     expected, weights_alone, fake, converted = (tensor.detach().double().flatten(1) for tensor in tensors)
     row |= {"cosine": _cosine(fake, expected), "snr_db": _snr(fake, expected), "converted": _cosine(converted, fake)}
-    row["weights_alone"] = _cosine(weights_alone, expected)
+    alone = _cosine(weights_alone, expected)
+    row["weights_alone"] = alone if math.isfinite(alone) else 0.0  # nothing is left of it
     _judge(row, "cosine", "of fake-quantised with float32")
     _judge(row, "converted", "of converted with fake-quantised")
     return result
