@@ -7,19 +7,19 @@ knows of constant weights, as blocked layouts, would not apply.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from onnx import NodeProto
+    from onnx import ModelProto, NodeProto
 
     from compress.export.onnx_graph import OnnxGraph
 
-__all__ = ["let_constants_fold", "transpose_weights", "unsigned_where_shared"]
+__all__ = ["dequantised_in_each_call", "let_constants_fold", "transpose_weights", "unsigned_where_shared"]
 
 _PRODUCTS = ("MatMul", "Gemm")
-_LAYERS = ("Conv", "ConvTranspose", *_PRODUCTS)
 
 
 def transpose_weights(graph: OnnxGraph) -> int:
@@ -47,11 +47,15 @@ def transpose_weights(graph: OnnxGraph) -> int:
     return len(turned)
 
 
-def let_constants_fold(graph: OnnxGraph) -> int:
-    """Write the weights of layers that get no integer kernel with operators that are computed on loading, in place.
+def let_constants_fold(graph: OnnxGraph, names: Collection[str]) -> int:
+    """Write weights of layers that get no integer kernel with operators that are computed on loading, in place.
 
     ONNX Runtime never folds a ``DequantizeLinear`` away. A cast and a product it does, the file stays as small, and
     what is computed is the same. (Sums in int32, ``ConvInteger``, took two to six times as long as floats.)
+
+    Args:
+        graph: Of the model.
+        names: The constants that ONNX Runtime dequantises in each call, from ``dequantised_in_each_call``.
 
     Returns:
         How many weights.
@@ -60,8 +64,10 @@ def let_constants_fold(graph: OnnxGraph) -> int:
     for source in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
         integers, scales = graph.constants.get(source.input[0]), graph.scale(source)
         users = graph.users(source.output[0])
-        if integers is None or scales is None or not users or not all(_is_open(graph, user, source) for user in users):
+        if source.input[0] not in names or integers is None or scales is None or not users:
             continue
+        if len(users) > 1 and any(graph.maker(user.input[0], "DequantizeLinear") is not None for user in users):
+            continue  # one of them may have found a kernel
         scale, zero_point = scales
         if zero_point.any() or integers.dtype not in (np.int8, np.uint8) or scale.ndim > 1:
             continue
@@ -75,6 +81,18 @@ def let_constants_fold(graph: OnnxGraph) -> int:
         source.input.extend([floats, factor])
         changed += 1
     return changed
+
+
+def dequantised_in_each_call(optimised: ModelProto) -> set[str]:
+    """Return the constants of more than one dimension that are left to be dequantised.
+
+    Args:
+        optimised: As ONNX Runtime runs it.
+    """
+    stored = {entry.name for entry in optimised.graph.initializer if len(entry.dims) > 1}
+    return {
+        node.input[0] for node in optimised.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
 
 
 def unsigned_where_shared(graph: OnnxGraph) -> int:
@@ -116,20 +134,6 @@ def _matrix(graph: OnnxGraph, node: NodeProto) -> NodeProto | None:
     integers = graph.constants.get(source.input[0])
     products = all(user.op_type in _PRODUCTS for user in graph.users(node.output[0]))
     return source if integers is not None and integers.ndim == 2 and products else None
-
-
-def _is_open(graph: OnnxGraph, layer: NodeProto, weight: NodeProto) -> bool:
-    """Say whether a layer multiplies by a weight in floats, whatever ONNX Runtime fuses."""
-    if layer.op_type not in _LAYERS or len(layer.input) < 2 or layer.input[1] != weight.output[0]:
-        return False
-    if graph.maker(layer.input[0], "DequantizeLinear") is None or layer.op_type == "ConvTranspose":
-        return True
-    if layer.op_type in _PRODUCTS:
-        return False  # there is a kernel from integers to floats
-    users = graph.users(layer.output[0])
-    in_integers = users and all(user.op_type == "QuantizeLinear" for user in users)
-    has_bias = len(layer.input) > 2 and layer.input[2] in graph.constants  # in floats: it did not fit into int32
-    return bool(graph.is_output(layer.output[0]) or not in_integers or has_bias)
 
 
 def _axis(node: NodeProto) -> int:

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from compress.errors import RecipeError
+from compress.quantize.rounding import round_to_steps
 from compress.surgery import Captured
 
 __all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps"]
@@ -64,7 +65,7 @@ class _Rounded(torch.autograd.Function):
         # PyTorch's kernels round as converted networks do, to the bit; their own gradient for a step is another one
         # where a value lies outside by less than half a step.
         if axis is None:
-            y = torch.fake_quantize_per_tensor_affine(x, scale, zero, low, high)
+            y = round_to_steps(x, scale, zero, low, high)
         else:
             y = torch.fake_quantize_per_channel_affine(x, scale, zero, axis, low, high)
         ctx.save_for_backward(x, y, scale, zero)

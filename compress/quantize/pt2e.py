@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
-from compress.quantize.factors import factors_as_they_are, factors_without_zeros
+from compress.quantize.factors import divide_weights, factors_as_they_are, factors_without_zeros
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
@@ -96,7 +96,7 @@ def prepare(
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             guard_ranges(module)
-    prepared = Captured(graph_module, frozen=captured.frozen).train(network.training)
+    prepared = Captured(graph_module, frozen=captured.frozen, lighten=divide_weights).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
             f"quantize: expected convolutions or linear layers that scheme {scheme.scheme.name!r} can quantise, "

@@ -12,9 +12,6 @@ from torch import Tensor, nn
 from compress.quantize.ranges import around_zero
 from compress.quantize.schemes import Scheme
 
-_LEAST_STEP = 6.2e-5  # PyTorch's fused kernel makes none below 6.1e-5 on a CPU
-_LEAST_OF_LARGEST = 2.0**-12
-
 __all__ = ["activation_spec", "fake_quantizer", "guard_ranges", "weight_spec", "x86_config"]
 
 
@@ -24,13 +21,15 @@ def x86_config(symmetric: bool) -> Any:
 
     The second is the symmetric int8 of other engines, shifted to what x86 takes.
     """
+    from torchao.quantization.pt2e import MovingAverageMinMaxObserver, MovingAveragePerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import get_default_x86_inductor_quantization_config
 
     config = get_default_x86_inductor_quantization_config(is_qat=True)
-    if not symmetric:
-        return config
-    activation = replace(config.input_activation, qscheme=torch.per_tensor_symmetric, quant_max=254)
-    return replace(config, input_activation=activation, output_activation=activation)
+    activation = _following(config.input_activation, MovingAverageMinMaxObserver)
+    if symmetric:
+        activation = replace(activation, qscheme=torch.per_tensor_symmetric, quant_max=254)
+    weight = _following(config.weight, MovingAveragePerChannelMinMaxObserver)
+    return replace(config, input_activation=activation, output_activation=activation, weight=weight)
 
 
 @cache
@@ -95,18 +94,21 @@ def fake_quantizer(spec: Any, *, axis: int | None = None) -> Any:
 
 
 def guard_ranges(module: Any) -> None:
-    """Let a fake quantizer compute in float32, keep its zero where the scheme has it, and make steps of any size."""
-    from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize
-
+    """Let a fake quantizer compute in float32 and keep its zero where the scheme has it."""
     module.register_forward_pre_hook(_in_float32)
-    if isinstance(module, FusedMovingAvgObsFakeQuantize):
-        module.register_forward_hook(_with_small_steps)
     if hasattr(module, "scale_of"):
         return  # has no zero point to be kept at zero
     if module.qscheme == torch.per_tensor_symmetric:
         module.register_forward_pre_hook(_around_zero)
     if module.qscheme == torch.per_channel_symmetric:
         module.register_forward_pre_hook(_rows_around_zero)
+
+
+def _following(spec: Any, observer: Any) -> Any:
+    """As PT2E has it, by a fake quantizer of ours."""
+    from compress.quantize.fake import MovingFakeQuantize
+
+    return replace(spec, observer_or_fake_quant_ctr=MovingFakeQuantize.with_args(observer=observer))
 
 
 def _many(spec: Any, fake: Any) -> Any:
@@ -147,24 +149,3 @@ def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
         module.zero_point.resize_(len(rows)).zero_()
     for buffer, value in zip((low, high), around_zero(low, high)):
         buffer.copy_(value)
-
-
-def _with_small_steps(module: Any, inputs: tuple[Tensor, ...], rounded: Tensor) -> Tensor:
-    """Round once more, by steps as small as the range asks, where the kernel on a CPU has taken larger ones.
-
-    A row of weights far below the others of its layer keeps wider steps: engines count biases in them, in 32 bits.
-    """
-    from compress.quantize.fake import scale_of
-
-    if module.scale.device.type != "cpu" or not module.fake_quant_enabled or not (module.scale < _LEAST_STEP).any():
-        return rounded
-    observer, (low, high) = module.activation_post_process, (module.quant_min, module.quant_max)
-    symmetric = module.is_symmetric_quant
-    scale, zero_point = scale_of(observer.min_val, observer.max_val, low, high, symmetric=symmetric)
-    scale = scale.clamp(min=min(_LEAST_STEP, float(scale.amax()) * _LEAST_OF_LARGEST))
-    module.scale.copy_(scale)
-    module.zero_point.copy_(zero_point)
-    if module.is_per_channel:
-        axis = module.ch_axis
-        return torch.fake_quantize_per_channel_affine(inputs[0], module.scale, module.zero_point, axis, low, high)
-    return torch.fake_quantize_per_tensor_affine(inputs[0], module.scale, module.zero_point, low, high)

@@ -142,14 +142,23 @@ class Captured(nn.Module):
     Args:
         graph_module: From ``torch.export``, or what PT2E made of such a one.
         frozen: Names of the running means of norms that stay in evaluation in training, too.
+        lighten: Rewrites a graph, in place, into one that computes the same in less time; what runs is a graph of its
+            own that has been rewritten, while ``graph_module`` stays as it is.
 
     Attributes:
         freeze_batchnorm: While true, BatchNorm uses its running statistics and observers stand still in training too.
     """
 
-    def __init__(self, graph_module: GraphModule, *, frozen: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        graph_module: GraphModule,
+        *,
+        frozen: Iterable[str] = (),
+        lighten: Callable[[GraphModule], None] | None = None,
+    ) -> None:
         super().__init__()
         self.frozen = frozenset(frozen)
+        self.lighten = lighten
         # Shared registries, not a child: state_dict keys and parameter names stay what they were before capture.
         self._parameters, self._buffers, self._modules = (
             graph_module._parameters,
@@ -160,7 +169,7 @@ class Captured(nn.Module):
         self._tapped: tuple[tuple[str, ...], GraphModule] | None = None
         self.freeze_batchnorm = False
         self._compile: Callable[..., Any] | None = None
-        self._compiled: dict[tuple[bool, bool], Callable[..., Any]] = {}
+        self._derived: dict[tuple[bool, bool], Callable[..., Any]] = {}
 
     @property
     def graph_module(self) -> GraphModule:
@@ -171,12 +180,15 @@ class Captured(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         """Run the graph in the mode that ``training`` says."""
         self.sync_mode()
-        if self._compile is None:
+        if self._compile is None and self.lighten is None:
             return self.graph_module(*inputs)
         mode = (self.training, self._learning)
-        if mode not in self._compiled:
-            self._compiled[mode] = self._compile(twin_graph(self.graph_module))
-        return self._compiled[mode](*inputs)
+        if mode not in self._derived:
+            twin = twin_graph(self.graph_module)
+            if self.lighten is not None:
+                self.lighten(twin)
+            self._derived[mode] = twin if self._compile is None else self._compile(twin)
+        return self._derived[mode](*inputs)
 
     def compile_with(self, compile: Callable[..., Any]) -> None:
         """Run compiled from now on.
@@ -184,7 +196,7 @@ class Captured(nn.Module):
         Args:
             compile: Makes a faster module of one, as ``torch.compile`` does.
         """
-        self._compile, self._compiled = compile, {}
+        self._compile, self._derived = compile, {}
 
     def forward_with_features(self, names: Sequence[str], *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
         """Run the graph and return its outputs and the activations of named layers.
@@ -204,7 +216,7 @@ class Captured(nn.Module):
 
     def forget_taps(self) -> None:
         """Build what was derived from the graph anew at the next call, after the graph has been changed."""
-        self._tapped, self._compiled = None, {}
+        self._tapped, self._derived = None, {}
 
     def train(self, mode: bool = True) -> Captured:
         """Set ``training``; the graph follows at the next call."""
@@ -228,7 +240,7 @@ class Captured(nn.Module):
         return self.training and not self.freeze_batchnorm
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
-        twin = Captured(copy.deepcopy(self.graph_module, memo), frozen=self.frozen)
+        twin = Captured(copy.deepcopy(self.graph_module, memo), frozen=self.frozen, lighten=self.lighten)
         twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm
         return twin
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from compress.quantize import calibrate, convert, prepare
+from compress.quantize.factors import divide_weights
 
 LAYERS = {
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (8, 4, 9)),
@@ -75,3 +76,36 @@ def test_it_trains_on_from_zero_with_rounding() -> None:
     assert losses[-1] < 0.9 * losses[0]
     gamma = dict(prepared.named_parameters())["1.weight"]
     assert float(gamma.abs().amin()) > 0
+
+
+def gradients(network: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    outputs = network(x)
+    (outputs * torch.linspace(-1, 2, outputs.numel()).reshape(outputs.shape)).sum().backward()
+    return outputs, {name: weight.grad for name, weight in network.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_divided_weights_give_what_divided_results_give(kind: str, training: bool) -> None:
+    network, x = network_and_inputs(kind, slice(0, 1))
+    prepared = prepare(network, [x], "int8").train(training)
+    calibrate(prepared, [[x]], ranges="minmax")
+    plain = copy.deepcopy(prepared)
+    plain.lighten = None
+    (expected, wanted), (outputs, got) = gradients(plain, x), gradients(prepared, x)
+    assert torch.allclose(outputs, expected, rtol=1e-4, atol=1e-4)
+    assert got.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert torch.allclose(got[name], gradient, rtol=1e-3, atol=2e-3), name
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_no_result_is_divided(kind: str) -> None:
+    network, x = network_and_inputs(kind, slice(0))
+    prepared = prepare(network, [x], "int8")
+    graph = copy.deepcopy(prepared.graph_module)
+    divide_weights(graph)
+    operators = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+    convolution = next(index for index, name in enumerate(operators) if "conv" in name)
+    assert not {"aten.div.Tensor", "aten.add.Tensor"} & set(operators[convolution:])
+    assert any("aten.div.Tensor" in str(node.target) for node in prepared.graph_module.graph.nodes)

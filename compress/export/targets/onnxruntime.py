@@ -15,11 +15,16 @@ from compress.export.onnx_activations import free_products, quantize_preactivati
 from compress.export.onnx_graph import OnnxGraph, mark_narrow
 from compress.export.onnx_recurrent import quantize_recurrent
 from compress.export.onnx_translate import translate
-from compress.export.onnx_weights import let_constants_fold, transpose_weights, unsigned_where_shared
+from compress.export.onnx_weights import (
+    dequantised_in_each_call,
+    let_constants_fold,
+    transpose_weights,
+    unsigned_where_shared,
+)
 from compress.export.targets import Census
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, NodeProto
+    from onnx import GraphProto, ModelProto, NodeProto
 
 __all__ = ["FILE", "build", "census", "requires"]
 
@@ -51,7 +56,6 @@ def build(program: ExportedProgram, path: Path) -> Census:
     quantize_preactivations(graph)
     transpose_weights(graph)
     free_products(graph)
-    let_constants_fold(graph)
     graph.finish()
     quantize_recurrent(model)
     if not mark_narrow(model):
@@ -59,11 +63,23 @@ def build(program: ExportedProgram, path: Path) -> Census:
         unsigned_where_shared(graph)
         graph.finish()
     path.write_bytes(model.SerializeToString())
+    graph = OnnxGraph(model)
+    if let_constants_fold(graph, dequantised_in_each_call(_optimised(path))):
+        graph.finish()
+        path.write_bytes(model.SerializeToString())
     return census(path)
 
 
 def census(path: Path) -> Census:
     """Count the kernels of the graph as ONNX Runtime optimises it here."""
+    counts = Counter(node.op_type for node in _nodes(_optimised(path).graph))
+    int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
+    kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
+    return Census(int8, floats, kept, counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"])
+
+
+def _optimised(path: Path) -> ModelProto:
+    """Return a model as ONNX Runtime runs it."""
     try:
         import onnx
         import onnxruntime
@@ -75,10 +91,7 @@ def census(path: Path) -> Census:
         options.log_severity_level = 3
         options.optimized_model_filepath = str(optimised)
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        counts = Counter(node.op_type for node in _nodes(onnx.load(str(optimised), load_external_data=False).graph))
-    int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
-    kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
-    return Census(int8, floats, kept, counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"])
+        return onnx.load(str(optimised), load_external_data=False)
 
 
 def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
