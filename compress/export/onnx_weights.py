@@ -51,7 +51,7 @@ def let_constants_fold(graph: OnnxGraph, names: Collection[str]) -> int:
     """Write weights of layers that get no integer kernel with operators that are computed on loading, in place.
 
     ONNX Runtime never folds a ``DequantizeLinear`` away. A cast and a product it does, the file stays as small, and
-    what is computed is the same. (Sums in int32, ``ConvInteger``, took two to six times as long as floats.)
+    what is computed is the same. (Sums in int32, ``ConvInteger``, take two to twenty times as long as floats.)
 
     Args:
         graph: Of the model.
