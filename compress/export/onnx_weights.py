@@ -7,7 +7,7 @@ knows of constant weights, as blocked layouts, would not apply.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,7 +38,8 @@ def transpose_weights(graph: OnnxGraph) -> int:
         if matrix not in graph.constants:
             graph.constant(matrix, np.ascontiguousarray(graph.constants[source.input[0]].T))
         name = node.output[0]
-        floats = graph.insert(node, "DequantizeLinear", [matrix, *source.input[1:]], f"{name}_dequantized")
+        zero = graph.constant(f"{name}_zero", graph.constants[source.input[2]])  # see ``split_zero_points``
+        floats = graph.insert(node, "DequantizeLinear", [matrix, source.input[1], zero], f"{name}_dequantized")
         _set_axis(graph.makers[floats], 1 - _axis(source) % 2)
         node.input[0] = floats
         graph.remove(node)
@@ -47,7 +48,7 @@ def transpose_weights(graph: OnnxGraph) -> int:
     return len(turned)
 
 
-def let_constants_fold(graph: OnnxGraph, names: Collection[str]) -> int:
+def let_constants_fold(graph: OnnxGraph, left: Mapping[str, int]) -> int:
     """Write weights of layers that get no integer kernel with operators that are computed on loading, in place.
 
     ONNX Runtime never folds a ``DequantizeLinear`` away. A cast and a product it does, the file stays as small, and
@@ -55,44 +56,54 @@ def let_constants_fold(graph: OnnxGraph, names: Collection[str]) -> int:
 
     Args:
         graph: Of the model.
-        names: The constants that ONNX Runtime dequantises in each call, from ``dequantised_in_each_call``.
+        left: How often ONNX Runtime dequantises a constant in each call, from ``dequantised_in_each_call``; one that
+            has found a kernel somewhere is left alone.
 
     Returns:
         How many weights.
     """
-    changed = 0
-    for source in [node for node in graph.nodes if node.op_type == "DequantizeLinear"]:
-        integers, scales = graph.constants.get(source.input[0]), graph.scale(source)
-        users = graph.users(source.output[0])
-        if source.input[0] not in names or integers is None or scales is None or not users:
-            continue
-        if len(users) > 1 and any(graph.maker(user.input[0], "DequantizeLinear") is not None for user in users):
-            continue  # one of them may have found a kernel
-        scale, zero_point = scales
-        if zero_point.any() or integers.dtype not in (np.int8, np.uint8) or scale.ndim > 1:
-            continue
-        name, axis = source.output[0], _axis(source)
-        if scale.ndim == 1:
-            scale = scale.reshape([-1 if index == axis else 1 for index in range(integers.ndim)])
-        floats = graph.insert(source, "Cast", [source.input[0]], f"{name}_floats", to=1)
-        factor = graph.constant(f"{name}_factor", scale)
-        source.op_type = "Mul"
-        del source.input[:], source.attribute[:]
-        source.input.extend([floats, factor])
-        changed += 1
-    return changed
+    sources = [node for node in graph.nodes if node.op_type == "DequantizeLinear" and graph.scale(node) is not None]
+    uses: Counter[str] = Counter()
+    for source in sources:
+        uses[source.input[0]] += len(graph.users(source.output[0]))
+    folded = {name for name in uses if name in graph.constants and uses[name] == left.get(name)}
+    for source in [node for node in sources if node.input[0] in folded]:
+        for layer in graph.users(source.output[0]):
+            bias = graph.maker(layer.input[2], "DequantizeLinear") if len(layer.input) > 2 else None
+            if bias is not None and bias.input[0] in graph.constants and graph.scale(bias) is not None:
+                _fold(graph, bias)  # a layer with a bias that is not constant has no blocked layout either
+        _fold(graph, source)
+    return len(folded)
 
 
-def dequantised_in_each_call(optimised: ModelProto) -> set[str]:
-    """Return the constants of more than one dimension that are left to be dequantised.
+def _fold(graph: OnnxGraph, source: NodeProto) -> None:
+    """Turn one dequantization of a constant into a cast and a product."""
+    integers, (scale, zero_point) = graph.constants[source.input[0]], graph.scale(source) or (None, None)
+    if scale is None or zero_point is None or zero_point.any() or scale.ndim > 1:
+        return
+    name, axis = source.output[0], _axis(source) % max(integers.ndim, 1)
+    if scale.ndim == 1:
+        scale = scale.reshape([-1 if index == axis else 1 for index in range(integers.ndim)])
+    floats = graph.insert(source, "Cast", [source.input[0]], f"{name}_floats", to=1)
+    factor = graph.constant(f"{name}_factor", scale)
+    source.op_type = "Mul"
+    del source.input[:], source.attribute[:]
+    source.input.extend([floats, factor])
+
+
+def dequantised_in_each_call(optimised: ModelProto) -> Counter[str]:
+    """Return how often constants of more than one dimension are left to be dequantised.
 
     Args:
         optimised: As ONNX Runtime runs it.
     """
     stored = {entry.name for entry in optimised.graph.initializer if len(entry.dims) > 1}
-    return {
-        node.input[0] for node in optimised.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in stored
-    }
+    readers = Counter(name for node in optimised.graph.node for name in node.input)
+    found: Counter[str] = Counter()
+    for node in optimised.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            found[node.input[0]] += readers[node.output[0]]
+    return found
 
 
 def unsigned_where_shared(graph: OnnxGraph) -> int:

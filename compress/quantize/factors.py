@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["divide_weights", "factors_as_they_are", "factors_without_zeros"]
+__all__ = ["divide_weights", "factor_as_it_is", "factors_without_zeros"]
 
 _aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def factors_without_zeros(graph_module: GraphModule) -> None:
 
     The norm gives what it gave, since its own gamma is untouched, and gamma gets its gradient.
     """
-    for factor in [node for node in graph_module.graph.nodes if _is_factor(node)]:
+    for factor in {rows.args[0]: None for _, rows, _ in _scaled_convolutions(graph_module)}:
         with graph_module.graph.inserting_after(factor):
             there = graph_module.graph.call_function(_aten.ne.Scalar, (factor, 0))
         with graph_module.graph.inserting_after(there):
@@ -37,11 +37,7 @@ def divide_weights(graph_module: GraphModule) -> None:
     ``conv(x, w) / s`` is ``conv(x, w / s)``, and a weight is small: to write results once more, and in the backward
     pass three times, was a third of what fake quantization costs a MobileNet.
     """
-    for division in [node for node in graph_module.graph.nodes if node.target is _aten.div.Tensor]:
-        convolution = division.args[0]
-        rows = _rows(convolution)
-        if rows is None or len(convolution.users) != 1:
-            continue
+    for convolution, rows, division in _scaled_convolutions(graph_module):
         last, bias = _with_bias(division)
         with graph_module.graph.inserting_before(convolution):
             weight = graph_module.graph.call_function(_aten.div.Tensor, (convolution.args[1], rows))
@@ -51,21 +47,36 @@ def divide_weights(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
-def factors_as_they_are(graph_module: GraphModule) -> None:
-    """Undo ``factors_without_zeros``: a weight that is deployed has its norm in it."""
-    for node in list(graph_module.graph.nodes):
-        if node.target is _aten.where.ScalarOther and _is_factor(node.args[1]):
-            node.replace_all_uses_with(node.args[1])
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
+def factor_as_it_is(rows: Node) -> None:
+    """Undo ``factors_without_zeros`` for one weight: what is deployed has its norm in it."""
+    chosen: Any = rows.args[0]
+    if chosen.target is _aten.where.ScalarOther:
+        rows.update_arg(0, chosen.args[1])
+
+
+def _scaled_convolutions(graph_module: GraphModule) -> list[tuple[Any, Any, Any]]:
+    """Return convolutions that PT2E has fused with their norms, the factors of the weight, and the division behind."""
+    found: list[tuple[Any, Any, Any]] = []
+    for division in graph_module.graph.nodes:
+        if division.target is not _aten.div.Tensor or not all(isinstance(given, Node) for given in division.args):
+            continue
+        convolution, shaped = division.args
+        rows = _rows(convolution)
+        if rows is None or len(convolution.users) != 1 or shaped.target is not _aten.reshape.default:
+            continue
+        if shaped.args[0] is rows.args[0] and _is_factor(rows.args[0]):
+            found.append((convolution, rows, division))
+    return found
 
 
 def _is_factor(node: Any) -> bool:
-    """Say whether a node is a norm's gamma over its spread."""
-    if not (isinstance(node, Node) and node.target is _aten.div.Tensor):
+    """Say whether a node is a norm's gamma over its spread, with or without zeros."""
+    if node.target is _aten.where.ScalarOther:
+        node = node.args[1]
+    if node.target is not _aten.div.Tensor:
         return False
     gamma, spread = node.args
-    return (
+    return bool(
         isinstance(gamma, Node)
         and gamma.op == "get_attr"
         and isinstance(spread, Node)
@@ -73,17 +84,16 @@ def _is_factor(node: Any) -> bool:
     )
 
 
-def _rows(node: Any) -> Node | None:
-    """Return the factors, in the shape in which a convolution's weight is multiplied by them before it is rounded."""
-    if not isinstance(node, Node) or "conv" not in str(node.target):
+def _rows(node: Node) -> Node | None:
+    """Return what a convolution's weight is multiplied by, before it is rounded or not, if it is."""
+    if node.op != "call_function" or "aten.conv" not in str(node.target):
         return None
     weight: Any = node.args[1]
     scaled = weight.args[0] if weight.op == "call_module" else weight
-    if scaled.target is not _aten.mul.Tensor or scaled.args[1].target is not _aten.reshape.default:
+    if not isinstance(scaled, Node) or scaled.target is not _aten.mul.Tensor:
         return None
-    rows: Node = scaled.args[1]
-    factor: Any = rows.args[0]
-    return rows if _is_factor(factor.args[1] if factor.target is _aten.where.ScalarOther else factor) else None
+    rows = scaled.args[1]
+    return rows if isinstance(rows, Node) and rows.target is _aten.reshape.default else None
 
 
 def _with_bias(division: Node) -> tuple[Node, Node | None]:

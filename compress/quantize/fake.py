@@ -99,13 +99,13 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return values as they come back from integers, same shape."""
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" or not x.numel():
             return super().forward(x)  # type: ignore[no-any-return]
         if self.is_per_channel or torch.compiler.is_compiling() or not self.fake_quant_enabled:
             rounded: Tensor = super().forward(x)
             return self._round(x) if self._narrow() else rounded
         seen = x.detach()
-        super().forward(torch.stack(torch.aminmax(seen)) if self.observer_enabled else seen.reshape(-1)[:1])
+        super().forward(torch.stack(torch.aminmax(seen)) if self.observer_enabled else seen.new_zeros(1))
         self._narrow()
         return self._round(x)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from compress.quantize.factors import factor_as_it_is
 from compress.quantize.normalize import parameters_alone
 
 __all__ = ["drop_unused", "fold_into_scales", "fold_norms", "hide_norms", "show_norms", "store_weights"]
@@ -44,6 +45,7 @@ def fold_norms(graph_module: GraphModule) -> None:
         convolution, bias = found
         fake: Any = convolution.args[1]
         scaled = fake.args[0]
+        factor_as_it_is(scaled.args[1])
         _, gamma, beta, mean, var, _, _, eps, *_ = [_value(graph_module, value) for value in [None, *norm.args[1:]]]
         scale = gamma / torch.sqrt(var + eps)
         inner = _value(graph_module, bias) if bias is not None else 0

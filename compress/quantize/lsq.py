@@ -62,7 +62,7 @@ class _Rounded(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int, axis: int | None, factor: float
     ) -> Tensor:
-        # PyTorch's kernels round as converted networks do, to the bit; their own gradient for a step is another one
+        # Rounded as converted networks do it, to the bit; PyTorch's own gradient for a step is another one
         # where a value lies outside by less than half a step.
         if axis is None:
             y = round_to_steps(x, scale, zero, low, high)

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
-from compress.quantize.factors import divide_weights, factors_as_they_are, factors_without_zeros
+from compress.quantize.factors import divide_weights, factors_without_zeros
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
@@ -121,7 +121,6 @@ def convert(prepared: Captured) -> Captured:
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     _as_trained(twin.graph_module)
-    factors_as_they_are(twin.graph_module)
     fold_norms(twin.graph_module)
     store_weights(twin.graph_module)
     hide_norms(twin.graph_module)

@@ -1,7 +1,8 @@
 """Rounding a tensor to integers of one scale and back, in operators that a CPU has vector instructions for.
 
 PyTorch's own kernel does it value by value: 71 to 93 ms for 2.4 million numbers that this takes 5 to 6 ms for, in one
-interleaved run (one thread, AVX2, torch 2.13).
+interleaved run (one thread, AVX2, torch 2.13). For the backward pass it keeps its input, where the kernel keeps a byte
+a value; of a ReLU's result, autograd keeps that anyway.
 """
 
 from __future__ import annotations

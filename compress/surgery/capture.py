@@ -184,11 +184,16 @@ class Captured(nn.Module):
             return self.graph_module(*inputs)
         mode = (self.training, self._learning)
         if mode not in self._derived:
-            twin = twin_graph(self.graph_module)
-            if self.lighten is not None:
-                self.lighten(twin)
+            twin = self._twin()
             self._derived[mode] = twin if self._compile is None else self._compile(twin)
         return self._derived[mode](*inputs)
+
+    def _twin(self) -> GraphModule:
+        """Return a graph of its own that runs in place of this one."""
+        twin = twin_graph(self.graph_module)
+        if self.lighten is not None:
+            self.lighten(twin)
+        return twin
 
     def compile_with(self, compile: Callable[..., Any]) -> None:
         """Run compiled from now on.
@@ -209,7 +214,7 @@ class Captured(nn.Module):
             CaptureError: when a layer has left no operator in the graph.
         """
         if self._tapped is None or self._tapped[0] != tuple(names):
-            self._tapped = (tuple(names), with_features(self.graph_module, names))
+            self._tapped = (tuple(names), with_features(self._twin(), names))
         self.sync_mode()
         outputs, features = self._tapped[1](*inputs)
         return outputs, dict(zip(names, features))

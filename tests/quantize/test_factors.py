@@ -43,6 +43,41 @@ def test_channels_of_gamma_zero_give_their_beta(kind: str, dead: slice) -> None:
         assert float((got - expected).norm() / expected.norm()) < 0.02
 
 
+class Named(nn.Module):
+    """What has been found to be taken for a factor, or not to be: names with "conv", and parameters over roots."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.up = nn.ConvTranspose2d(4, 4, 3)
+        self.conv_norm = nn.BatchNorm2d(4)
+        self.equal = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.position = nn.Parameter(torch.zeros(4, 1, 1))
+        self.temperature = nn.Parameter(torch.ones(()))
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv_norm(self.up(self.conv(x)))
+        x = nn.functional.conv2d(x, self.equal * 0.059) / 2 + self.position / torch.sqrt(self.temperature)
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8_dynamic", "int8_weights"])
+def test_a_gamma_of_zero_behind_what_stays_in_floats(scheme: str) -> None:
+    torch.manual_seed(0)
+    network, x = Named(), torch.randn(8, 3, 9, 9)
+    network(x)
+    with torch.no_grad():
+        for norm in (network.conv[1], network.conv_norm):
+            norm.weight[0] = 0.0  # type: ignore[union-attr, operator, index]
+            norm.bias.normal_()  # type: ignore[union-attr, operator]
+    expected = network.eval()(x)
+    prepared = prepare(network, [x], scheme, keep=["conv.0"] if scheme == "int8" else [])
+    calibrate(prepared, [[x]], ranges="minmax")
+    for integers in (prepared.eval(), convert(prepared)):
+        assert float((integers(x) - expected).norm() / expected.norm()) < 0.05
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_gamma_learns_from_zero(kind: str) -> None:
     network, x = network_and_inputs(kind, slice(None))

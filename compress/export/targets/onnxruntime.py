@@ -58,15 +58,14 @@ def build(program: ExportedProgram, path: Path) -> Census:
     free_products(graph)
     graph.finish()
     quantize_recurrent(model)
-    if not mark_narrow(model):
-        graph = OnnxGraph(model)
-        unsigned_where_shared(graph)
-        graph.finish()
+    narrow = mark_narrow(model)
     path.write_bytes(model.SerializeToString())
     graph = OnnxGraph(model)
-    if let_constants_fold(graph, dequantised_in_each_call(_optimised(path))):
-        graph.finish()
-        path.write_bytes(model.SerializeToString())
+    let_constants_fold(graph, dequantised_in_each_call(_optimised(path)))
+    if not narrow:
+        unsigned_where_shared(graph)
+    graph.finish()
+    path.write_bytes(model.SerializeToString())
     return census(path)
 
 
