@@ -39,6 +39,15 @@ def built(network: nn.Module, x: Tensor, path: Path, scheme: str = "int8") -> tu
     return converted, onnx.load(path), Counter(census.details)
 
 
+def served(path: Path, x: Tensor, *, exact: str) -> np.ndarray:
+    """Return what a file gives where ONNX Runtime is asked for exact sums, or not."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", exact)
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    result: np.ndarray = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    return result
+
+
 class Repeated(nn.Module):
     """One layer that is applied three times."""
 
@@ -66,11 +75,7 @@ def test_layers_that_share_a_weight_are_in_integers_and_load(
     assert kernels[kernel] == 3, kernels
     stored = [numpy_helper.to_array(entry) for entry in loaded.graph.initializer if len(entry.dims) == 2]
     assert [value.dtype for value in stored] == [np.uint8]
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", exact)
-    session = onnxruntime.InferenceSession(tmp_path / target.FILE, options, providers=["CPUExecutionProvider"])
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    expected = converted(x).detach().numpy()
+    got, expected = served(tmp_path / target.FILE, x, exact=exact), converted(x).detach().numpy()
     assert np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
 
 
@@ -164,13 +169,12 @@ class Twice(nn.Module):
         return self.layer(self.layer(x).mean(1))
 
 
-@pytest.mark.parametrize("exact", ["0", "1"])
-def test_a_matrix_in_both_directions_loads(exact: str, tmp_path: Path) -> None:
+def test_a_matrix_in_both_directions_loads_where_sums_are_exact(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    built(Twice(), torch.randn(4, 5, 8), tmp_path / target.FILE)
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.x64quantprecision", exact)
-    onnxruntime.InferenceSession(tmp_path / target.FILE, options, providers=["CPUExecutionProvider"])
+    x = torch.randn(4, 5, 8)
+    converted, _, _ = built(Twice(), x, tmp_path / target.FILE)
+    got, expected = served(tmp_path / target.FILE, x, exact="1"), converted(x).detach().numpy()
+    assert np.abs(got - expected).max() < 0.02 * np.abs(expected).max()
 
 
 def products(weight: np.ndarray, scale: np.ndarray, *, axis: int, num: int = 1) -> ModelProto:
