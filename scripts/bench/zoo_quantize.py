@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from zoo_models import build, first_output
 from zoo_prune import kept_units
-from zoo_table import LEAST_COSINE, MOST_TIMES
+from zoo_table import LEAST_COSINE, least_cosine
 
 from compress.export.targets import onnxruntime
 from compress.prune import apply_removal, describe_removal, score_groups, study
@@ -33,7 +33,8 @@ def quantize(name: str, row: dict[str, Any]) -> None:
 
     The pruned one goes on to ONNX Runtime, which has to agree with the converted program.
 
-    Where rounding the weights alone turns the output far, too, four times as far is right.
+    Where rounding the weights alone turns the output far, too, four times as far from float32 is right. The converted
+    program and ONNX Runtime have to agree with what they come from in every network.
 
     Args:
         name: Of the architecture.
@@ -101,7 +102,7 @@ def _quantize(network: nn.Module, inputs: Any, row: dict[str, Any]) -> Captured:
     row |= {"cosine": _cosine(fake, expected), "snr_db": _snr(fake, expected), "converted": _cosine(converted, fake)}
     alone = _cosine(weights_alone, expected)
     row["weights_alone"] = alone if math.isfinite(alone) else 0.0  # nothing is left of it
-    _judge(row, "cosine", "of fake-quantised with float32")
+    _judge(row, "cosine", "of fake-quantised with float32", least=least_cosine(row["weights_alone"]))
     _judge(row, "converted", "of converted with fake-quantised")
     return result
 
@@ -118,9 +119,7 @@ def _export(converted: Captured, inputs: Any, row: dict[str, Any]) -> None:
     _judge(row, "exported", "of ONNX Runtime with converted")
 
 
-def _judge(row: dict[str, Any], key: str, pair: str) -> None:
-    """Raise where a cosine is too low, and not for want of what rounding the weights alone leaves."""
-    least = min(LEAST_COSINE, 1 - MOST_TIMES * (1 - row["weights_alone"]))
+def _judge(row: dict[str, Any], key: str, pair: str, least: float = LEAST_COSINE) -> None:
     assert row[key] >= least, f"cosine {pair} of {row[key]:.3f}, with weights alone rounded {row['weights_alone']:.3f}"
 
 

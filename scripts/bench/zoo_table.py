@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["LEAST_COSINE", "MOST_TIMES", "table"]
+__all__ = ["LEAST_COSINE", "least_cosine", "table"]
 
 Row = Mapping[str, Any]
 
@@ -27,7 +27,7 @@ _COLUMNS = (
 _SHARE = 0.9
 LEAST_COSINE = 0.95
 """Of fake-quantised with floats, of converted with fake-quantised, of ONNX Runtime with converted."""
-MOST_TIMES = 4
+_MOST_TIMES = 4
 """Of what a cosine lacks of one where nothing but the weights is rounded, this is right, too."""
 _INT8_COLUMNS = (
     ("Architecture", "---"),
@@ -39,6 +39,16 @@ _INT8_COLUMNS = (
     ("Its kernels in ONNX Runtime, int8 + float", "---:"),
     ("What stays in floats, share of MACs", "---"),
 )
+
+
+def least_cosine(weights_alone: float) -> float:
+    """Return the cosine with floats that a network has to keep, given the one that rounding its weights leaves.
+
+    Example:
+        >>> [least_cosine(alone) for alone in (1.0, 0.875, 0.5)]
+        [0.95, 0.5, -1.0]
+    """
+    return min(LEAST_COSINE, 1 - _MOST_TIMES * (1 - weights_alone))
 
 
 def table(names: Sequence[str], rows: Mapping[str, Mapping[str, Row]]) -> str:
@@ -68,12 +78,14 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
     done = [(name, rows[name]) for name in names if rows[name]]
     high = sum(min(_shares(row), default=0.0) >= _SHARE for _, row in done)
     passing = [row for _, row in done if row["pass"]]
-    rough = sum("(" in _agreement(row) + _agreement(row.get("pruned", {})) for row in passing)
+    parts = [part for row in passing for part in (row, row["pruned"]) if part["cosine"] < LEAST_COSINE]
+    blind = sum(least_cosine(part["weights_alone"]) <= 0 for part in parts)
     lines = [
         f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise before and after pruning; "
         f"{high} have at least {_SHARE:.0%} of their MACs in int8 both times.",
-        f"{rough} have a cosine below {LEAST_COSINE} with float32, but lack no more than {MOST_TIMES} times what one "
-        "lacks where nothing but the weights is rounded to 8 bits (in brackets).",
+        f"{len(parts)} times a cosine is below {LEAST_COSINE} with float32, but lacks no more than {_MOST_TIMES} times "
+        "what one lacks where nothing but the weights is rounded to 8 bits (in brackets); "
+        f"{blind} of these say nothing, since rounding the weights alone leaves nothing to compare.",
         "",
     ]
     lines += [f"| {' | '.join(parts)} |" for parts in zip(*_INT8_COLUMNS)]
