@@ -52,3 +52,12 @@ def test_learned_steps_are_equal_on_all_ranks(tmp_path: Path) -> None:
     assert len(steps) == 9
     assert all(bool(tensor.any()) for tensor in steps.values())
     assert all(torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items())
+
+
+def test_ranks_stay_equal_where_layers_are_rounded_one_by_one(tmp_path: Path) -> None:
+    first, second = fit(tmp_path, "fallback")
+    assert [edit["kind"] for edit in first["history"]] == ["prune"] * 3 + ["quantize"]
+    assert first["history"][-1]["data"]["fallback"] == "parametrize"
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, second["state"][name]), name
+        assert torch.equal(tensor, second["average"][name]), name

@@ -177,6 +177,13 @@ def test_a_pattern_without_a_quantised_layer_is_named() -> None:
         quantizers(prepared, ["1", "3"])
 
 
+def test_a_rehearsal_names_such_a_pattern_before_any_training() -> None:
+    stages = Stages([8, 4], [0.7, 0.8], order=["fc", "*"])
+    quantization = QuantizationAwareTraining("w4a8", progressive=stages)
+    with pytest.raises(RecipeError, match=r"progressive\.order: .* got 'fc'\. The layers are: 1, 3, 5\."):
+        quantization.rehearse(network(), [images(2)[0]])
+
+
 def test_each_quantizer_is_in_one_group() -> None:
     prepared = prepare(deeper(), [images(2)[0]], "w3a8")
     groups = quantizers(prepared, ["5", "7", "1"])
