@@ -30,6 +30,7 @@ from compress.runtime.sizes import wrong_size
 from compress.runtime.text import Encode, make_encoder
 
 Sample = np.ndarray | str
+Prediction = tuple[Any, np.ndarray] | Exception
 _SERVED = "COMPRESS_SERVED"
 
 
@@ -54,15 +55,13 @@ class Query(BaseModel):
             if isinstance(value, str):
                 _encoder(os.environ[_SERVED])([value])
                 return value
-            sample = np.asarray(value, dtype=np.float64)
+            sample = _numbers(value)
+            wanted = manifest.inputs[0].shape[1:]
+            if not any(_fits(sample.shape, shape) for shape in (wanted, wanted[1:] if wanted[:1] == (1,) else wanted)):
+                raise ValueError(f"expected one sample of shape {list(wanted)}, got {list(sample.shape)}")
             given = preprocess(sample[None], manifest)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"expected nested lists of numbers, got {error}") from error
         except CompressError as error:
             raise ValueError(str(error)) from error
-        wanted = manifest.inputs[0].shape
-        if given.ndim != len(wanted) or any(w not in (None, s) for w, s in zip(wanted, given.shape)):
-            raise ValueError(f"expected one sample of shape {list(wanted[1:])}, got {list(sample.shape)}")
         reason = wrong_size(manifest.inputs[:1], [given.shape])
         if reason:
             raise ValueError(reason)
@@ -92,28 +91,39 @@ class Served(litserve.LitAPI):
 
     def decode_request(self, request: Query) -> Sample:
         """Return the sample."""
-        return request.inputs if isinstance(request.inputs, str) else np.asarray(request.inputs)
+        return request.inputs if isinstance(request.inputs, str) else _numbers(request.inputs)
 
     def batch(self, inputs: list[Sample]) -> list[Sample]:
         """Leave samples as they are: they need not have one shape."""
         return inputs
 
-    def predict(self, samples: list[Sample]) -> list[tuple[Any, np.ndarray]]:
+    def predict(self, samples: list[Sample]) -> list[Prediction]:
         """Return label and probabilities of each sample; those of one shape run at once, and so do all texts."""
-        found: dict[int, tuple[Any, np.ndarray]] = {}
+        found: dict[int, Prediction] = {}
         for shape in {np.shape(sample) for sample in samples}:
             places = [place for place, sample in enumerate(samples) if np.shape(sample) == shape]
-            some = [samples[place] for place in places]
-            labels, probabilities = self.model.predict(some if isinstance(some[0], str) else np.stack(some))
-            found.update(zip(places, zip(labels, probabilities)))
+            found.update(zip(places, self._predict([samples[place] for place in places])))
         return [found[place] for place in range(len(samples))]
 
-    def unbatch(self, output: list[tuple[Any, np.ndarray]]) -> list[tuple[Any, np.ndarray]]:
+    def _predict(self, alike: list[Sample]) -> list[Prediction]:
+        """Predict samples of one shape; where the network refuses what one of them holds, the others are served."""
+        try:
+            return list(zip(*self.model.predict(alike if isinstance(alike[0], str) else np.stack(alike))))
+        except Exception as error:  # a token beyond the vocabulary, say
+            if len(alike) == 1:
+                return [error]
+            return [prediction for sample in alike for prediction in self._predict([sample])]
+
+    def unbatch(self, output: list[Prediction]) -> list[Prediction]:
         """Return one output for each sample."""
         return output
 
-    def encode_response(self, output: tuple[Any, np.ndarray]) -> dict[str, Any]:
-        """Return what is sent."""
+    def encode_response(self, output: Prediction) -> Any:
+        """Return what is sent: an answer, or the reason against one."""
+        if isinstance(output, Exception):
+            reason = " ".join(str(output).split())[:300]
+            message = f"expected a sample that the network takes, got {type(output).__name__}: {reason}"
+            return JSONResponse({"detail": [{"where": ["body", "inputs"], "message": message}]}, status_code=422)
         label, probabilities = output
         return {"label": label, "probability": float(probabilities.max()), "probabilities": probabilities.tolist()}
 
@@ -159,6 +169,25 @@ def main() -> None:
     server = litserve.LitServer(api, accelerator="cpu", workers_per_device=options.workers)
     server.app.add_exception_handler(RequestValidationError, refuse)
     server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
+
+
+def _numbers(value: list[Any]) -> np.ndarray:
+    """Return nested lists as an array; those of several lengths, texts and gaps are no numbers.
+
+    Raises:
+        ValueError: which becomes status 422 where requests arrive.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"expected nested lists of numbers, got {error}") from error
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"expected nested lists of numbers, got values of type {array.dtype}")
+    return array.astype(np.float64)
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
+    return len(shape) == len(wanted) and all(size in (None, given) for size, given in zip(wanted, shape))
 
 
 @functools.cache

@@ -40,7 +40,6 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
     plot = options.plot or "bench.png"
     check_writable("--json", options.json)
     check_writable("--plot", plot)
-    check_writable("--plot", plot)
     quiet()
     from compress.measure.engines import check_picture, engines_note, engines_table, save_engines
     from compress.measure.machine import describe_machine
@@ -152,9 +151,14 @@ def _artifact(path: str) -> Path:
 
 
 def _array(file: str) -> np.ndarray:
+    from zipfile import BadZipFile
+
     import numpy as np
 
     try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array = np.load(file, allow_pickle=False)
+        if not isinstance(array, np.ndarray):
+            raise ValueError("an archive of several")
+        return array
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise RunError(f"{file}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error

@@ -30,6 +30,7 @@ from compress.runtime.manifest import (
     Manifest,
     Target,
     TensorSpec,
+    check_labels,
     check_text,
     preprocesses_text,
     read_manifest,
@@ -90,6 +91,7 @@ def export_artifact(
     inputs = input_specs(program)
     check_inputs(inputs, held_out)
     _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
+    _check_labels((metadata or {}).get("labels"), TensorSpec("output", "float32", output_shape(program)))
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))
@@ -123,6 +125,13 @@ def export_artifact(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_manifest(directory)
+
+
+def _check_labels(labels: Sequence[str] | None, output: TensorSpec) -> None:
+    try:
+        check_labels(labels, output)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"labels: expected a name for each class, got {error}. Name all, or none.") from error
 
 
 def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Mapping[str, str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +21,7 @@ from compress.export.options import Options
 from compress.export.parity import Parity, Sample, check_parity
 from compress.export.products import Product
 from compress.export.targets import TARGETS, WITH_LENGTHS
-from compress.runtime.engines import Engine, make_engine
+from compress.runtime.engines import make_engine
 from compress.runtime.manifest import Target, sha256
 from compress.surgery.lengths import lengths_of
 
@@ -78,8 +79,8 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         folder: Where its files go.
 
     Raises:
-        ExportError: when it cannot be built, or does not run.
-        ExportSkippedError: when this machine cannot build it.
+        ExportError: when it gives outputs of another shape.
+        ExportSkippedError: when the engine does not take the network, or this machine cannot build it; nothing is left.
         MissingPackageError: when a library is not installed.
     """
     lengths = lengths_of(job.program)
@@ -90,15 +91,18 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         )
     target = import_module(TARGETS[engine])
     path, options = folder / target.FILE, job.options.get(engine, {})
-    census = with_macs(target.build(job.program, path, **options), job.work)
     parts = [folder / name for name in getattr(target, "PARTS", ())]
+    served_by = getattr(target, "CHECKED_BY", engine)
     try:
-        judge = _load(engine, getattr(target, "CHECKED_BY", engine), path)
+        with _or_skipped(f"{engine}: expected a network that it takes"):
+            census = with_macs(target.build(job.program, path, **options), job.work)
+        with _or_skipped(f"{engine}: expected a file that {served_by} loads"):
+            judge = make_engine(served_by, path)
+        parity = check_parity(judge, job.wanted, job.inputs, job.others)
     except ExportSkippedError:
         for file in (path, *parts):
             file.unlink(missing_ok=True)
         raise
-    parity = check_parity(judge, job.wanted, job.inputs, job.others)
     entry = Target(
         file=target.FILE,
         bytes=sum(file.stat().st_size for file in (path, *parts)),
@@ -113,16 +117,16 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized, exact=exact))
 
 
-def _load(engine: str, served_by: str, path: Path) -> Engine:
+@contextmanager
+def _or_skipped(expected: str) -> Iterator[None]:
+    """Make a reason to leave the target out of whatever an engine's library raises."""
     try:
-        return make_engine(served_by, path)
+        yield
     except CompressError:
         raise
-    except Exception as error:  # an engine's library raises anything
+    except Exception as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ExportSkippedError(
-            f"{engine}: expected a file that {served_by} loads, got: {reason}. Leave the target out."
-        ) from error
+        raise ExportSkippedError(f"{expected}, got {type(error).__name__}: {reason}. Leave the target out.") from error
 
 
 def _of_other_sizes(parity: Parity) -> dict[str, dict[str, float]]:

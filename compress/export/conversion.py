@@ -71,7 +71,8 @@ def convert(
 
     Raises:
         ArtifactError: when the artefact is damaged, or its program may not be loaded.
-        ExportError: when a target or an option is unknown, a target is there already, cannot be built, or fails a gate.
+        ExportError: when a target or an option is unknown, a target is there already, or fails a gate.
+        ExportSkippedError: when it cannot be built on this machine, or from this network.
         MissingPackageError: when a target's library is not installed.
     """
     directory = Path(path)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ExportError
+from compress.errors import ExportError, ExportSkippedError
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import TensorSpec
@@ -128,7 +128,8 @@ def check_parity(
         others: Inputs of other sizes, from ``other_sizes``.
 
     Raises:
-        ExportError: when the engine does not run, or gives outputs of another shape.
+        ExportError: when it gives outputs of another shape.
+        ExportSkippedError: when it does not run.
     """
     few = Sample([tensor[:_NUM_SINGLES] for tensor in held_out], wanted[:_NUM_SINGLES])
     return Parity(
@@ -144,7 +145,7 @@ def _distance(engine: Engine, sample: Sample, batch: int, where: str = "") -> Ag
         outputs = _outputs(engine, inputs, batch)
     except Exception as error:  # an engine's library raises anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
+        raise ExportSkippedError(
             f"{type(engine).__name__}: expected a run at batch size {batch}{where}, got: {reason}. "
             "Leave the target out."
         ) from error

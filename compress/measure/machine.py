@@ -1,18 +1,19 @@
-"""What the figures were measured on."""
+"""What the figures were measured on, and where this machine keeps them."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import platform
+import tempfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "describe_machine", "gpus", "has_bf16", "has_cuda", "has_vnni", "versions"]
+__all__ = ["cpu_flags", "describe_machine", "gpus", "has_bf16", "has_cuda", "has_vnni", "user_cache", "versions"]
 
-_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnxruntime", "onnx", "openvino", "executorch"]
-_PACKAGES += ["numpy"]
+_PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnx", "numpy"]
+_PACKAGES += ["onnxruntime", "onnxruntime-gpu", "openvino", "executorch", "apache-tvm", "ai-edge-litert"]
 
 
 def describe_machine() -> dict[str, str | int]:
@@ -71,6 +72,16 @@ def gpus() -> list[str]:
     found = sorted(folder.glob("*/information")) if folder.is_dir() else []
     names = [line.partition(":")[2].strip() for file in found for line in file.read_text().splitlines()[:1]]
     return [*names, os.environ.get("CUDA_VISIBLE_DEVICES", "")]
+
+
+def user_cache() -> Path:
+    """Return the folder of what this machine has found out: ``$COMPRESS_CACHE`` or ``~/.cache/compress``."""
+    if named := os.environ.get("COMPRESS_CACHE"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "compress"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"compress-{os.getuid()}"
 
 
 def _cpuinfo(key: str) -> str:

@@ -40,6 +40,11 @@ def export(run: RunDirectory) -> None:
     settings, data = run.recipe.export, run.recipe.data
     inputs = run.held_out
     quantized = next((read_assignment(edit.data) for edit in history if edit.kind == "quantize"), None)
+    if quantized is None and run.recipe.quantize is not None:
+        raise ExportError(
+            f"quantize: expected a network that was quantised, got one in floats: training ended before progress "
+            f"{run.recipe.quantize.start}, quantize.start. Train longer, start earlier, or leave quantize out."
+        )
     _check_engines(quantized, settings.targets)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
     fresh = run.path / "artifact.new"

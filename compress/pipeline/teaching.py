@@ -17,13 +17,14 @@ from torch import nn
 
 from compress.distill import LiveTeacher, OwnTeacher, ResponseLoss
 from compress.errors import RecipeError
+from compress.measure.machine import user_cache
 from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
 from compress.pipeline.storing import stored_outputs
 from compress.pipeline.training import keep, train
 from compress.surgery import History, save_snapshot
 
-__all__ = ["Teaching", "cache_folder", "cache_teacher", "teaching"]
+__all__ = ["Teaching", "cache_teacher", "teaching"]
 
 # Trainer arguments that do not change what a teacher becomes.
 _NO_MATTER = {"max_epochs", "logger", "default_root_dir", "enable_progress_bar", "enable_model_summary", "profiler"}
@@ -54,7 +55,7 @@ def teaching(run: RunDirectory) -> Teaching:
     live = _live(run, network)
     if not spec.cache:
         return Teaching(live, run.recipe.data)
-    return Teaching(*stored_outputs(run, live, cache_folder() / "outputs"))
+    return Teaching(*stored_outputs(run, live, user_cache() / "outputs"))
 
 
 def cache_teacher(run: RunDirectory) -> None:
@@ -69,11 +70,6 @@ def cache_teacher(run: RunDirectory) -> None:
     teaching(run)
 
 
-def cache_folder() -> Path:
-    """Return the folder of trained teachers and their outputs: ``$COMPRESS_CACHE`` or ``~/.cache/compress``."""
-    return Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress"))
-
-
 def _network(run: RunDirectory) -> nn.Module:
     spec = run.recipe.teacher
     assert spec is not None
@@ -85,7 +81,7 @@ def _network(run: RunDirectory) -> nn.Module:
             load_weights(spec.model, spec.checkpoint, key="teacher.checkpoint")
         save_snapshot(kept, spec.model, History())
     key = _key(run)
-    shared = cache_folder() / "teachers" / f"{key}.pt" if key else None
+    shared = user_cache() / "teachers" / f"{key}.pt" if key else None
     if not kept.exists() and shared is not None and shared.exists():
         run.console.print(f"teacher: trained by an earlier run of this recipe, taken from {shared}")
         _copy(shared, kept)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.callbacks import Callback, RichProgressBar
+from pytorch_lightning.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
 from torch import nn
 
 from compress.distill import DistillationLoss, Distiller
 from compress.errors import RunError
 from compress.pipeline.rundir import RunDirectory
-from compress.surgery import RandomStates, ResumePoint, history_of, save_snapshot
+from compress.surgery import ModelEditor, RandomStates, ResumePoint, history_of, save_snapshot
 
 __all__ = ["Curves", "keep", "train"]
 
@@ -85,6 +85,8 @@ def train(
             f"{resume}: expected a checkpoint of this recipe, got one of another network. "
             "Start a new run, or resume without changes to the student, the teacher and the callbacks."
         ) from error
+    if not curves.ended:
+        _end(trainer, module)
     if run.is_main_process:
         run.write_json(f"logs/{phase}", curves.curves)
     return module
@@ -99,15 +101,24 @@ def keep(run: RunDirectory, stage: str, module: Distiller) -> None:
 
 
 class Curves(Callback):
-    """Keeps every epoch's metrics in the checkpoint, so that a resumed fit has the whole curve."""
+    """Keeps every epoch's metrics in the checkpoint, so that a resumed fit has the whole curve.
+
+    Attributes:
+        ended: Whether the fit went through its end, which Lightning leaves out where all epochs were done before.
+    """
 
     def __init__(self) -> None:
         self.curves: dict[str, list[list[float]]] = {}
+        self.ended = False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the epoch's metrics, by name, as ``[epochs done, value]``."""
         for name, value in trainer.callback_metrics.items():
             self.curves.setdefault(name, []).append([trainer.current_epoch + 1, float(value)])
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that there was an end."""
+        self.ended = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the curves."""
@@ -116,6 +127,17 @@ class Curves(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the curves."""
         self.curves = state_dict
+
+
+def _end(trainer: pl.Trainer, module: Distiller) -> None:
+    """Do what the end of a fit does to a network, for one that was stopped between its last epoch and that."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for callback in callbacks:
+        if isinstance(callback, RandomStates):
+            callback.on_train_start(trainer, module)  # the same batches calibrate
+    for callback in callbacks:
+        if isinstance(callback, ModelEditor | WeightAveraging | StochasticWeightAveraging):
+            callback.on_train_end(trainer, module)
 
 
 def _module(run: RunDirectory, student: nn.Module, teacher: Any, losses: Sequence[DistillationLoss]) -> Distiller:

@@ -177,7 +177,7 @@ class _Weight:
 
 
 def _find_weight(side: Side, layer: Layer) -> _Weight | None:
-    """Return a layer's weight; none where it is shared, or has neither one scale nor one for each channel."""
+    """Return a layer's weight; none where it is shared, or its grid is not one of equal steps a channel."""
     graph_module = side.graph_module
     values = layer.weight.args[0]
     assert isinstance(values, Node)
@@ -195,7 +195,7 @@ def _find_weight(side: Side, layer: Layer) -> _Weight | None:
         shape[module.ch_axis] = -1
         if module.scale.numel() != weight.shape[module.ch_axis]:
             return None
-    if bool((module.zero_point != 0).any()):
+    if bool((module.zero_point != 0).any()) or hasattr(module, "convert"):  # what has its own grid, as float8
         return None
     limits = (int(module.activation_post_process.quant_min), int(module.activation_post_process.quant_max))
     return _Weight(parameter(graph_module, str(source.target)), factor, weight, module.scale.view(shape), limits)

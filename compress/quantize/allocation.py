@@ -40,6 +40,8 @@ def allocate_bits(
         {'a': 4, 'b': 8}
     """
     layers = list(losses)
+    if not layers:
+        raise RecipeError("average_bits: expected layers to share bits among, got none. Leave it out.")
     budget = math.floor(average_bits * sum(sizes[layer] for layer in layers) + 1e-9)
     costs = {layer: {bits: bits * sizes[layer] for bits in sorted(losses[layer])} for layer in layers}
     fewest = sum(min(of_layer.values()) for of_layer in costs.values())

@@ -133,17 +133,33 @@ def _watch(module: nn.Module, seen: Seen, name: str) -> Any:
 
 
 def _check(prepared: nn.Module, inputs: Any) -> None:
+    got = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
+    if any(isinstance(tensor, Tensor) and not len(tensor) for tensor in got):
+        raise DataError("calibrate: expected samples in each batch, got a batch of none. Leave it out.")
     if not isinstance(prepared, Captured):
         return  # its own code says what it takes
     wanted = [node.meta["val"] for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-    got = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-    shapes = [tuple(tensor.shape[1:]) if isinstance(tensor, Tensor) else type(tensor).__name__ for tensor in got]
-    expected = [tuple(int(size) for size in value.shape[1:]) for value in wanted]
-    if shapes != expected:
+    if len(got) != len(wanted) or not all(map(_fits, got, wanted)):
+        expected, shapes = ([_described(tensor) for tensor in tensors] for tensors in (wanted, got))
         raise DataError(
-            f"calibrate: expected batches of (inputs, ...) with shapes (N, ...) = {expected} behind N, got {shapes}. "
-            "Give what the network takes, without targets."
+            f"calibrate: expected batches of (inputs, ...) with shapes (N, ...) = {', '.join(expected)}, got "
+            f"{', '.join(shapes)}. Give what the network takes, without targets."
         )
+
+
+def _fits(tensor: Any, wanted: Tensor) -> bool:
+    return (
+        isinstance(tensor, Tensor)
+        and (tensor.dim(), tensor.dtype) == (wanted.dim(), wanted.dtype)
+        and all(size == given for size, given in zip(wanted.shape[1:], tensor.shape[1:]) if isinstance(size, int))
+    )
+
+
+def _described(tensor: Any) -> str:
+    if not isinstance(tensor, Tensor):
+        return type(tensor).__name__
+    sizes = [str(size) if isinstance(size, int) else "any" for size in tensor.shape[1:]]
+    return f"({', '.join(['N', *sizes])}) {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _grid(module: Any) -> Grid:

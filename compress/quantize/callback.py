@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -36,8 +37,10 @@ class QuantizationAwareTraining(ModelEditor):
     statistics and activation ranges stand still for the last part (Jacob et al. 2018, arXiv:1712.05877, section 3;
     Krishnamoorthi 2018, arXiv:1806.08342, section 4). After the fit, ``converted`` holds the integer network.
 
-    With ``start=1`` nothing is trained in integers (post-training quantization): when the fit ends, ranges are learned
-    from training batches that pass through the float network in evaluation (``calibrate``).
+    With ``start=1`` nothing is trained in integers (post-training quantization): when the fit ends, after averages of
+    weights (Lightning's EMA and SWA) have become the weights, ranges are learned from training batches that pass
+    through the float network in evaluation (``calibrate``), as the loader gives them: what a ``training_step`` does to
+    inputs before the network does not happen to these.
 
     Args:
         scheme: What is quantised and how, one of ``SCHEMES``, or ``w4a8`` and the like.
@@ -168,6 +171,20 @@ class QuantizationAwareTraining(ModelEditor):
         _share_ranges(trainer, prepared)
         return prepared
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Prepare for checkpoints; what is quantised after training comes after the averages that end it."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self.start == 1:
+            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            places = [place for place, callback in enumerate(callbacks) if isinstance(callback, _AVERAGES)]
+            last = max([callbacks.index(self), *places])
+            # A new list: Lightning is on its way through the other.
+            trainer.callbacks = [  # type: ignore[attr-defined]
+                *(callback for callback in callbacks[: last + 1] if callback is not self),
+                self,
+                *callbacks[last + 1 :],
+            ]
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a network in evaluation, where ranges would never be learned.
 
@@ -202,6 +219,11 @@ class QuantizationAwareTraining(ModelEditor):
         """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""
         if self.start == 1 and not _is_quantized(pl_module):
             self._calibrate(trainer, pl_module)
+        elif not _is_quantized(pl_module):
+            rank_zero_warn(
+                f"quantize.start: expected training to go beyond {self.start} of its steps, and it ended before: "
+                f"{self.attribute} is as it was, in floats. Start earlier, or train longer."
+            )
         self.__dict__.pop("converted", None)
         self._trained = None
         if _is_quantized(pl_module):
@@ -246,6 +268,9 @@ class QuantizationAwareTraining(ModelEditor):
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""
+        sampler: Any = getattr(trainer.train_dataloader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):  # in the order of the last epoch, which a fit that goes on here has not seen
+            sampler.set_epoch(max(0, trainer.current_epoch - 1))
         batches = (
             inputs_of(trainer.strategy.batch_to_device(batch, pl_module.device), otherwise="Train with start below 1.")
             for batch in itertools.islice(trainer.train_dataloader or [], self.num_batches)
@@ -268,6 +293,9 @@ class QuantizationAwareTraining(ModelEditor):
             rank_zero_info("quantize.improve: " + ", ".join(f"{name} {num}" for name, num in improved.items()))
             _share(trainer, dict(network.named_parameters()))
         _share_ranges(trainer, network)
+
+
+_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 def _is_quantized(pl_module: pl.LightningModule) -> bool:

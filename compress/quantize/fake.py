@@ -163,11 +163,17 @@ class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
         self.observe(x.detach())
         if self.fake_quant_enabled[0] == 0 or not self._known():
             return x
+        self.follow()
+        return self.round(x)
+
+    def follow(self) -> None:
+        """Set the scale by the range, where one is known."""
+        if not self._known():
+            return
         observer = self.activation_post_process
         scale, zero = self.scale_of(observer.min_val, observer.max_val)
         for buffer, value in ((self.scale, scale.reshape(-1)), (self.zero_point, zero.reshape(-1))):
             buffer.resize_(value.shape).copy_(value)
-        return self.round(x)
 
     def observe(self, x: Tensor) -> None:
         """Move the range, when ranges are being learned."""

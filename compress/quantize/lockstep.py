@@ -63,8 +63,8 @@ def float_twin(prepared: Captured) -> Captured:
     twin = copy.deepcopy(prepared).eval()
     for module in twin.graph_module.modules():
         for name in ("fake_quant_enabled", "observer_enabled"):
-            switch = getattr(module, name, None)
-            if isinstance(switch, Tensor):
+            switch: Any = getattr(module, name, None)
+            if switch is not None:
                 switch[0] = 0
     return twin
 

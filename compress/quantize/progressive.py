@@ -130,8 +130,12 @@ def set_bits(fake_quantizers: Iterable[Any], bits: int) -> None:
         if "own_limits" not in module.__dict__:
             module.own_limits = int(module.quant_min), int(module.quant_max)
         limits = _limits(module.own_limits, bits)
+        if limits == (module.quant_min, module.quant_max):
+            continue
         for holder in (module, getattr(module, "activation_post_process", module)):
             holder.quant_min, holder.quant_max = limits
+        if hasattr(module, "follow"):  # there may be no pass before it is converted
+            module.follow()
 
 
 def _layers(prepared: nn.Module) -> Iterator[tuple[str, list[Any]]]:

@@ -12,6 +12,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from compress.quantize.annotate import FEWEST_UNITS
+
 __all__ = ["BITS", "measure_bits", "num_weights", "round_weight", "rounded"]
 
 BITS = (8, 4, 2)
@@ -20,6 +22,8 @@ Value = TypeVar("Value")
 
 _NUM_ITERATIONS = 30
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_OF_SEVERAL = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
+"""Layers with several weights, which have one name where schemes are given to layers."""
 
 
 def measure_bits(
@@ -40,7 +44,7 @@ def measure_bits(
         on_point: Called with the layer, the bits and the value of each point just measured.
 
     Returns:
-        ``{layer: {bits: value}}`` for all convolutions and linear layers.
+        ``{layer: {bits: value}}`` for all layers that ``num_weights`` counts.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 1, bias=False))
@@ -65,32 +69,37 @@ def measure_bits(
 
 
 def num_weights(network: nn.Module) -> dict[str, int]:
-    """Return how many weights each convolution and linear layer has, without biases, which stay as they are.
+    """Return how many weights each layer has that schemes quantise, without biases, which stay as they are.
+
+    These are convolutions, linear layers, ``nn.MultiheadAttention``, LSTMs, and GRUs from 256 units on.
 
     Example:
         >>> num_weights(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
         {'0': 6}
     """
-    return {name: module.weight.numel() for name, module in network.named_modules() if isinstance(module, _LAYERS)}
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters(remove_duplicate=False)}
+    return {layer: sum(sizes[name] for name in names) for layer, names in _weights(network).items()}
 
 
 @contextmanager
 def rounded(network: nn.Module, layer: str, bits: int) -> Iterator[nn.Module]:
-    """Give the network with the weights of a layer rounded, within the context.
+    """Give the network with all weights of a layer rounded, within the context.
 
     Args:
         network: Holds the layer.
         layer: Its name.
         bits: At least 2.
     """
-    weight = network.get_parameter(f"{layer}.weight")
-    kept = weight.detach().clone()
+    weights = [network.get_parameter(name) for name in _weights(network)[layer]]
+    kept = [weight.detach().clone() for weight in weights]
     with torch.no_grad():
-        weight.copy_(round_weight(kept, bits))
+        for weight, values in zip(weights, kept):
+            weight.copy_(round_weight(values, bits))
         try:
             yield network
         finally:
-            weight.copy_(kept)
+            for weight, values in zip(weights, kept):
+                weight.copy_(values)
 
 
 def round_weight(weight: Tensor, bits: int) -> Tensor:
@@ -116,3 +125,18 @@ def round_weight(weight: Tensor, bits: int) -> Tensor:
         squares = (integers * integers).sum(1, keepdim=True)
         scale = torch.where(squares > 0, (rows * integers).sum(1, keepdim=True) / squares.clamp(min=1), scale)
     return ((rows / scale).round().clamp(-half, half - 1) * scale).to(weight.dtype).view_as(weight)
+
+
+def _weights(network: nn.Module) -> dict[str, list[str]]:
+    """Return the names of each layer's weights."""
+    modules = dict(network.named_modules())
+    found: dict[str, list[str]] = {}
+    for layer, module in modules.items():
+        if isinstance(module, _OF_SEVERAL) and not (isinstance(module, nn.GRU) and module.hidden_size < FEWEST_UNITS):
+            names = [name for name, _ in module.named_parameters() if "weight" in name]
+        elif isinstance(module, _LAYERS) and not isinstance(modules[layer.rpartition(".")[0]], nn.MultiheadAttention):
+            names = ["weight"]
+        else:
+            continue
+        found[layer] = [f"{layer}.{name}" if layer else name for name in names]
+    return found

@@ -26,7 +26,7 @@ def check_buffer(out: Any, spec: TensorSpec, num: int) -> None:
         num: Samples in the batch.
 
     Raises:
-        ArtifactError: when shape or dtype is not the output's.
+        ArtifactError: when shape or dtype is not the output's, or it cannot be written.
     """
     shape, dtype = tuple(out.shape), str(out.dtype).removeprefix("torch.")
     fits = len(shape) == len(spec.shape) and all(wanted in (None, size) for wanted, size in zip(spec.shape, shape))
@@ -36,6 +36,8 @@ def check_buffer(out: Any, spec: TensorSpec, num: int) -> None:
         )
     if dtype != spec.dtype:
         raise ArtifactError(f"out: expected dtype {spec.dtype}, got {dtype}. Make one of that dtype.")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ArtifactError("out: expected memory that can be written, got an array that is read-only. Make a new one.")
 
 
 def fill(

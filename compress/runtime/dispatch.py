@@ -38,7 +38,7 @@ def batch_sizes(largest: int | None) -> tuple[int, ...]:
     return tuple(sorted({min(size, largest or size) for size in BUCKETS}))
 
 
-def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float = 2.0) -> Times:
+def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float = 2.0) -> tuple[Times, dict[str, str]]:
     """Time engines against each other, interleaved, at a few batch sizes; a terminal shows how far it is.
 
     Args:
@@ -47,25 +47,33 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
         seconds: Time for everything, where calls are short; each engine gets some calls however long they take.
 
     Returns:
-        Times of all engines at each size that was measured; where calls are long, an engine that was far behind at the
-        size before is taken to be so still.
+        Times of all engines that run, at each size that was measured; where calls are long, an engine that was far
+        behind at the size before is taken to be so still. And why the others do not run, by name; a size that none of
+        them takes ends it.
     """
     sizes = batch_sizes(manifest.max_batch)
-    times: dict[int, Mapping[str, float]] = {}
+    times: dict[int, dict[str, float]] = {}
+    reasons: dict[str, str] = {}
     show = sys.stderr.isatty() and find_spec("rich") is not None
     with progress_bar(show, f"measuring {', '.join(engines)} on this machine, once") as advance:
         for step, size in enumerate(sizes, 1):
-            before = times.get(sizes[step - 2], {}) if step > 1 else {}
+            before = {name: ms for name, ms in times.get(sizes[step - 2], {}).items() if name not in reasons}
             expected = min(before.values(), default=0.0) * size / sizes[step - 2]
             if expected > _LONGEST_MS:
                 break
-            names = _close(before) if expected > _LONG_MS else list(engines)
+            names = _close(before) if expected > _LONG_MS else [name for name in engines if name not in reasons]
             calls = {name: example_call(engines[name], manifest, size) for name in names}
+            fails = {name: reason for name, call in calls.items() if (reason := _first_call(call, size))}
+            if len(fails) == len(calls):
+                reasons |= {} if times else fails
+                break
+            reasons |= fails
+            calls = {name: call for name, call in calls.items() if name not in fails}
             found = _few_calls(calls) if expected > _LONG_MS else _race(calls, seconds / len(sizes))
             growth = min(found.values()) / min(before.values(), default=1.0)
-            times[size] = {name: found.get(name) or growth * before[name] for name in engines}
+            times[size] = {name: growth * ms for name, ms in before.items()} | found
             advance(step / len(sizes))
-    return times
+    return {size: {name: ms for name, ms in row.items() if name not in reasons} for size, row in times.items()}, reasons
 
 
 def choose(times: Times) -> dict[int, str]:
@@ -112,8 +120,17 @@ def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
     return lambda num: names[bisect_left(borders, num)]
 
 
+def _first_call(call: Callable[[], object], size: int) -> str | None:
+    """Say why an engine does not run a batch, where it does not; memory that it needs for such it has afterwards."""
+    try:
+        call()
+    except Exception as error:  # an engine's library raises anything
+        return f"a batch of {size}: {type(error).__name__}: {str(error).strip()[:200]}"
+    return None
+
+
 def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=1, block_seconds=0.01, min_runs=2)
+    first = measure_latency(calls, seconds=seconds / 4 / len(calls), warmup=0, block_seconds=0.01, min_runs=2)
     times = {name: latency.p50_ms for name, latency in first.items()}
     close = _close(times)
     if len(close) > 1:

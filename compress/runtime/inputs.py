@@ -9,6 +9,7 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.runtime.manifest import Manifest, TensorSpec, preprocesses_text
+from compress.runtime.sizes import described
 from compress.runtime.text import Encode
 
 __all__ = ["Raw", "check_tokenizer", "in_order", "preprocess", "raw_inputs"]
@@ -35,34 +36,37 @@ def raw_inputs(raw: Any, manifest: Manifest, encode: Encode | None) -> tuple[np.
         assert encode is not None
         return tuple(_cast(array, spec) for array, spec in zip(encode(raw), manifest.inputs))
     if not isinstance(raw, Mapping):
-        return (preprocess(np.asarray(raw), manifest),)
+        return (preprocess(raw, manifest),)
     given = in_order(raw, manifest)
     if len(given) == 1:
-        return (preprocess(np.asarray(given[0]), manifest),)
+        return (preprocess(given[0], manifest),)
     if manifest.preprocessing and not preprocesses_text(manifest.preprocessing):
         raise ArtifactError(
             f"{manifest.name}: expected one input for its preprocessing, got {len(given)}. "
             "Call the model with arrays as the network takes them."
         )
-    return tuple(_cast(np.asarray(array), spec) for array, spec in zip(given, manifest.inputs))
+    return tuple(_cast(_numbers(array, spec), spec) for array, spec in zip(given, manifest.inputs))
 
 
-def preprocess(raw: np.ndarray, manifest: Manifest) -> np.ndarray:
+def preprocess(raw: Any, manifest: Manifest) -> np.ndarray:
     """Turn raw values into the network's input: ``(raw * scale - mean) / std`` by channel.
 
     Args:
-        raw: Shape (N, H, W) for one channel, else as the input.
+        raw: Array, or nested lists, of shape (N, H, W) for one channel, else as the input.
         manifest: With ``preprocessing``; without any, or with that of text, values only change their dtype.
 
     Returns:
         Array of the input's dtype.
 
     Raises:
-        ArtifactError: when that dtype cannot hold them.
+        ArtifactError: when they are of another shape, no numbers, or such that that dtype cannot hold.
     """
     spec = manifest.inputs[0]
-    if raw.ndim == len(spec.shape) - 1 and spec.shape[1] == 1:
+    raw = _numbers(raw, spec)
+    if raw.ndim == len(spec.shape) - 1 > 0 and spec.shape[1] == 1:
         raw = raw[:, None]
+    if raw.ndim != len(spec.shape) or any(wanted not in (None, size) for wanted, size in zip(spec.shape, raw.shape)):
+        raise ArtifactError(f"{spec.name}: expected shape {described(spec)}, got {raw.shape}. Reshape the samples.")
     steps: Mapping[str, Any] = manifest.preprocessing or {}
     if not steps or preprocesses_text(steps):
         return _cast(raw, spec)
@@ -97,6 +101,16 @@ def check_tokenizer(manifest: Manifest) -> None:
             f"{manifest.name}: expected an artefact that holds a tokenizer, got none. Give arrays by name, or export "
             "from data that hand theirs over, as compress.data.SST2 does."
         )
+
+
+def _numbers(raw: Any, spec: TensorSpec) -> np.ndarray:
+    try:
+        array = np.asarray(raw)
+    except ValueError as error:  # lists of several lengths
+        raise ArtifactError(f"{spec.name}: expected numbers, got {error}. Correct them.") from error
+    if array.dtype.kind not in "biuf":
+        raise ArtifactError(f"{spec.name}: expected numbers, got an array of {array.dtype}. Convert it.")
+    return array
 
 
 def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:

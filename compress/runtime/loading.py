@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from compress.errors import ArtifactError, CompressError, EngineError
-from compress.measure.machine import describe_machine, gpus, has_cuda
+from compress.errors import ArtifactError, CompressError, EngineError, MissingPackageError
+from compress.measure.machine import describe_machine, gpus, has_cuda, user_cache
 from compress.runtime.dispatch import BUCKETS, Times, choose, measure
 from compress.runtime.engines import (
     ENGINES,
@@ -66,7 +66,8 @@ def load(
         raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
     manifest = read_manifest(directory)
     trusted = is_ours(directory) or trust
-    files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+    for target in manifest.targets.values():
+        check_file(directory, target)
     check_files(directory, manifest.files)
     if engine == "auto":
         wanted = engines_for(manifest.targets, device)
@@ -75,9 +76,9 @@ def load(
         wanted = [engine]
 
     def make(name: str, threads: int | None = num_threads) -> Engine:
-        engine = make_engine(name, files[READS.get(name, name)], num_threads=threads)
-        if device_of(name) == "cuda":  # a GPU may take a file and not run it
-            example_call(engine, manifest, 1)()
+        # Asked for later, it has to be the file that was loaded still.
+        engine = make_engine(name, check_file(directory, manifest.targets[READS.get(name, name)]), num_threads=threads)
+        example_call(engine, manifest, 1)()  # an engine may take a file and not run it, and the first call is slow
         return engine
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
@@ -86,8 +87,16 @@ def load(
     times = memory.read() if len(able) > 1 else {}
     winners = sorted(set(choose(times).values()), key=able.index) if times else able
     loaded = _load_each(winners, make, reasons)
-    if len(loaded) < len(winners):  # what served here before may be one that cannot be loaded any more
-        times, loaded = {}, loaded | _load_each([name for name in able if name not in winners], make, reasons)
+    unmeasured = [name for name in able if times and name not in times[1]]
+    again = _load_each(unmeasured, make, reasons)
+    if again or len(loaded) < len(winners):  # what could not be loaded before can now, or the other way round
+        others = [name for name in able if name not in (*winners, *unmeasured)]
+        times, loaded = {}, loaded | again | _load_each(others, make, reasons)
+    if not times and len(loaded) > 1:
+        times, fails = measure(loaded, manifest)
+        reasons |= fails
+        loaded = {name: run for name, run in loaded.items() if name not in fails}
+        memory.write(times)
     if loaded and engine == "auto":  # nobody has asked for what has no target of its own
         reasons = {name: reason for name, reason in reasons.items() if name not in READS}
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -103,9 +112,6 @@ def load(
         )
     if reasons:
         warnings.warn(f"left out on this machine: {why}; served by: {', '.join(loaded)}", stacklevel=2)
-    if not times and len(loaded) > 1:
-        times = measure(loaded, manifest)
-        memory.write(times)
     serves = choose(times) if times else {1: next(iter(loaded))}
     return CompactModel(
         manifest,
@@ -175,7 +181,7 @@ def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dic
     for name in names:
         try:
             loaded[name] = make(name)
-        except EngineError as error:
+        except (EngineError, MissingPackageError) as error:
             reasons[name] = str(error)
         except CompressError:
             raise  # a damaged file is not a matter of this machine
@@ -197,8 +203,7 @@ class _Memory:
             BUCKETS,
         ]
         key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-        cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress"))
-        self._file = cache / "engines" / f"{key}.json"
+        self._file = user_cache() / "engines" / f"{key}.json"
         self._usable = frozenset(usable)
 
     def read(self) -> Times:

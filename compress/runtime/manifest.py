@@ -21,6 +21,7 @@ __all__ = [
     "TensorSpec",
     "check_file",
     "check_files",
+    "check_labels",
     "check_text",
     "preprocesses_text",
     "read_manifest",
@@ -195,12 +196,15 @@ def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
     """
     for name, wanted in checksums.items():
         path = directory / name
-        if path.resolve().parent != directory.resolve():
-            raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
-        if not path.is_file():
-            raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
-        if sha256(path) != wanted:
-            raise ArtifactError(f"{path}: expected SHA-256 {wanted[:12]}…, got another. Export again.")
+        try:
+            if path.resolve().parent != directory.resolve():
+                raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
+            if not path.is_file():
+                raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
+            if sha256(path) != wanted:
+                raise ArtifactError(f"{path}: expected SHA-256 {wanted[:12]}…, got another. Export again.")
+        except (OSError, ValueError) as error:  # a name that no file can have, or a file that may not be read
+            raise ArtifactError(f"{directory}: expected to read {name[:80]!r}, got {error}. Export again.") from error
 
 
 def preprocesses_text(steps: Mapping[str, Any]) -> bool:
@@ -259,23 +263,63 @@ def _parse(content: dict[str, Any]) -> Manifest:
     for target in content["targets"].values():
         _check_kinds({"parts": {}, "options": {}, **target}, _TARGET_KINDS)
         _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
+        _check_requires(target["requires"])
     inputs = tuple(_spec(entry) for entry in content["inputs"])
+    outputs = tuple(_spec(entry) for entry in content["outputs"])
+    if not inputs or not outputs:
+        raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
+    check_labels(content.get("labels"), outputs[0])
     files = content.get("files", {})
     _check_kinds(files, dict.fromkeys(files, str))
     steps = content.get("preprocessing") or {}
     if preprocesses_text(steps):
         check_text(steps, inputs, files)
     elif steps:
-        _check_kinds(steps, {"mean": list, "std": list})
-        float(steps["scale"])
+        _check_scaling(steps, inputs[0])
     return Manifest(
         **{
             **content,
             "inputs": inputs,
-            "outputs": tuple(_spec(entry) for entry in content["outputs"]),
+            "outputs": outputs,
             "targets": {name: Target(**target) for name, target in content["targets"].items()},
         }
     )
+
+
+def check_labels(labels: Any, output: TensorSpec) -> None:
+    """Make sure that each class has a name.
+
+    Args:
+        labels: The manifest's; none for class numbers.
+        output: The first, whose last dimension is that of classes.
+
+    Raises:
+        ValueError: when there are fewer names than classes; ``TypeError`` when one is no text.
+    """
+    names, classes = labels or [], output.shape[-1]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"labels {names}")
+    if names and len(output.shape) > 1 and classes is not None and len(names) < classes:
+        raise ValueError(f"{len(names)} labels for {classes} classes")
+
+
+def _check_scaling(steps: Mapping[str, Any], spec: TensorSpec) -> None:
+    _check_kinds(steps, {"mean": list, "std": list})
+    channels = spec.shape[1] if len(spec.shape) > 1 else 1
+    for key in ("mean", "std"):
+        values = np.asarray([float(value) for value in steps[key]])
+        if len(values) not in (1, channels or len(values)) or not np.isfinite(values).all():
+            raise ValueError(f"{key} {steps[key]} for {channels} channels")
+    if not all(steps["std"]) or not np.isfinite(float(steps["scale"])):
+        raise ValueError(f"std {steps['std']} and scale {steps['scale']}")
+
+
+def _check_requires(requires: Mapping[str, Any]) -> None:
+    kinds = {"flags": list, "versions": dict, **dict.fromkeys(("system", "arch", "torch", "cuda"), str)}
+    _check_kinds(requires, {key: kind for key, kind in kinds.items() if key in requires})
+    words = [*requires.get("flags", []), *requires.get("versions", {}), *requires.get("versions", {}).values()]
+    if not all(isinstance(word, str) and word for word in words):
+        raise ValueError(f"requirements {words}")
 
 
 def _spec(entry: dict[str, Any]) -> TensorSpec:

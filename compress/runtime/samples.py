@@ -130,7 +130,7 @@ def _array(path: Path, manifest: Manifest) -> Iterator[Batch]:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
         if not isinstance(array, np.ndarray):
             raise ValueError("an archive of several")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise DataError(f"{path}: expected an array saved by numpy.save, got {error}. Save one.") from error
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"{path}: expected a sample in each row, got an array of shape {array.shape}. Save some.")

@@ -67,12 +67,11 @@ def is_ours(directory: Path) -> bool:
 def _key(*, make: bool) -> bytes | None:
     """Return this machine's key, or none where there is none and none can be kept."""
     named = os.environ.get("COMPRESS_KEY")
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
-    file = Path(named) if named else folder / "compress" / "key"
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: a user without a home
+        file = Path(named or Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "compress" / "key")
         if make and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = file.with_name(f"{file.name}.{os.getpid()}")
+            temporary = file.with_name(f"{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
                 handle.write(secrets.token_bytes(32))
             with contextlib.suppress(FileExistsError):

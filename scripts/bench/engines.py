@@ -30,7 +30,6 @@ from quantize_tools import TOOLS, AbsentError
 from torch import Tensor, nn
 
 import compress
-from compress.errors import CompressError
 from compress.export import TARGETS, Gates, export_artifact
 from compress.measure.latency import measure_latency
 from compress.quantize import calibrate, convert, prepare
@@ -186,20 +185,16 @@ def _export(
         reference = prepare(copy.deepcopy(network), (data[:2],), scheme)
         calibrate(reference, [(data,)], progress=True)
     program = export_program(convert(reference.eval()) if scheme else network, (data[:2],))
-    missing: dict[str, str] = {}
-    targets = list(arguments.engines)
-    while True:
-        try:
-            manifest = export_artifact(
-                program, path, targets=targets, reference=reference, held_out=(data,), scheme=scheme, gates=ANY
-            )
-            return missing | {name: reason[:160] for name, reason in manifest.skipped.items()}
-        except CompressError as error:
-            failed = [name for name in targets if str(error).startswith(f"{name}:")]
-            if not failed:
-                raise
-            missing[failed[0]] = reason_of(error)
-            targets.remove(failed[0])
+    manifest = export_artifact(
+        program,
+        path,
+        targets=list(arguments.engines),
+        reference=reference,
+        held_out=(data,),
+        scheme=scheme,
+        gates=ANY,
+    )
+    return {name: reason[:160] for name, reason in manifest.skipped.items()}
 
 
 def _served(model: CompactModel) -> Make:

@@ -141,13 +141,58 @@ def test_a_target_that_its_engine_does_not_load_is_skipped_and_said(
 
     monkeypatch.setattr(building, "make_engine", broken)
     program, reference, inputs = floating()
-    with pytest.warns(UserWarning, match="expected a file that onnxruntime loads, got: an operator of tomorrow. Leave"):
+    with pytest.warns(
+        UserWarning, match="a file that onnxruntime loads, got RuntimeError: an operator of tomorrow. Leave"
+    ):
         manifest = export_artifact(
             program, tmp_path / "a", targets=["eager", "onnxruntime"], reference=reference, held_out=[inputs]
         )
     assert list(manifest.targets) == ["eager"]
     assert list(manifest.skipped) == ["onnxruntime"]
     assert not (tmp_path / "a" / "model.onnx").exists()
+
+
+@pytest.mark.parametrize("broken", ["build", "run"])
+def test_a_target_whose_library_refuses_the_network_is_skipped_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    class Broken:
+        takes, threads = "numpy", 1
+
+        def __call__(self, inputs: object) -> list[object]:
+            raise RuntimeError("no kernel\nand more")
+
+    def refuse(program: object, path: Path) -> None:
+        path.write_bytes(b"half of it")
+        raise RuntimeError("no kernel\nand more")
+
+    if broken == "build":
+        monkeypatch.setattr(onnxruntime, "build", refuse)
+    else:
+        make = building.make_engine
+        monkeypatch.setattr(
+            building, "make_engine", lambda name, path: Broken() if name != "eager" else make(name, path)
+        )
+    program, reference, inputs = floating()
+    with pytest.warns(UserWarning, match=r"got.*: no kernel\. Leave the target out\. Going on"):
+        manifest = export_artifact(
+            program, tmp_path / "a", targets=["onnxruntime", "eager"], reference=reference, held_out=[inputs]
+        )
+    assert (list(manifest.targets), list(manifest.skipped)) == (["eager"], ["onnxruntime"])
+    assert not (tmp_path / "a" / "model.onnx").exists()
+
+
+def test_labels_for_some_classes_alone_are_refused(tmp_path: Path) -> None:
+    program, reference, inputs = floating()
+    with pytest.raises(ExportError, match="labels: expected a name for each class, got 2 labels for 3 classes"):
+        export_artifact(
+            program,
+            tmp_path / "a",
+            targets=["eager"],
+            reference=reference,
+            held_out=[inputs],
+            metadata={"labels": ["left", "right"]},
+        )
 
 
 def test_the_manifest_is_plain_json_without_paths_of_this_machine() -> None:

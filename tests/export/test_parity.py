@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.errors import ExportError
+from compress.errors import ExportError, ExportSkippedError
 from compress.export.parity import check_parity, reference_outputs
 
 INPUTS = torch.arange(200.0).reshape(100, 2)
@@ -44,7 +44,9 @@ def test_an_engine_that_is_wrong_for_single_samples_is_caught() -> None:
 
 
 def test_a_fixed_batch_size_is_caught() -> None:
-    with pytest.raises(ExportError, match=r"Engine: expected a run at batch size 63, got: expected 63 rows\. Leave"):
+    with pytest.raises(
+        ExportSkippedError, match=r"Engine: expected a run at batch size 63, got: expected 63 rows\. Leave"
+    ):
         check_parity(Engine(fixed_batch), WANTED, [INPUTS])
 
 

@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compress.export import export_artifact
 from compress.models import LSTMClassifier
@@ -63,7 +64,8 @@ def served(path: Path, folder: Path, *options: str) -> Iterator[int]:
             _wait(process, number, log)
             yield number
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:
@@ -119,6 +121,8 @@ def test_requests_that_come_together_get_their_own_answers(port: int) -> None:
         ('{"inputs": [1, 2, 3]}', r"expected one sample of shape [1, 8, 8], got [3]"),
         ('{"inputs": [["a"]]}', "expected nested lists of numbers"),
         ('{"inputs": [[1, 2], [3]]}', "expected nested lists of numbers"),
+        (json.dumps({"inputs": np.full((1, 8, 8), "1").tolist()}), "expected nested lists of numbers, got values of"),
+        (json.dumps({"inputs": np.full((1, 8, 8), None).tolist()}), "expected nested lists of numbers, got values of"),
         (json.dumps({"inputs": np.full((1, 8, 8), np.nan).tolist()}), "expected finite numbers"),
         (json.dumps({"inputs": np.full((1, 8, 8), 1e308).tolist()}), "expected finite numbers"),
     ],
@@ -148,6 +152,23 @@ def test_samples_of_several_lengths_come_together_and_none_is_padded(tmp_path: P
     torch.testing.assert_close(got, torch.stack(wanted), atol=1e-5, rtol=1e-4)
     for (_, answer), size in zip(answers[30:], (1, 25)):
         assert f"x: expected a size from 2 to 24 in dimension 1, got {size}." in answer["detail"][0]["message"]
+
+
+def test_a_token_that_the_network_does_not_know_harms_nobody(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Embedding(8, 4), nn.Flatten(), nn.Linear(12, 2)).eval()
+    tokens = torch.randint(8, (12, 3), generator=torch.Generator().manual_seed(0))
+    program = export_program(network, [tokens[:2]])
+    export_artifact(program, tmp_path / "a", targets=["onnxruntime"], reference=network, held_out=[tokens])
+    bodies = [json.dumps({"inputs": sample}) for sample in [*tokens.tolist(), [1, 2, 99], [1, 2, 0.5], ["1", "2", "3"]]]
+    # Long enough that they do come together.
+    with served(tmp_path / "a", tmp_path, "--batch_timeout", "0.2") as port, ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda body: ask(port, "POST", "/predict", body), bodies))
+    assert [status for status, _ in answers] == [200] * 12 + [422] * 3
+    assert [answer["label"] for _, answer in answers[:12]] == network(tokens).argmax(1).tolist()
+    messages = [answer["detail"][0]["message"] for _, answer in answers[12:]]
+    for message, part in zip(messages, ("that the network takes", "whole numbers", "nested lists of numbers")):
+        assert part in message
 
 
 def test_texts_get_their_labels(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_no_batch_is_larger_than_the_files_take(largest: int | None, wanted: tup
 
 def test_each_engine_wins_where_it_is_faster() -> None:
     engines = {"quick": Sleeping(1e-3, 1e-3), "steady": Sleeping(8e-3, 1e-5), "slow": Sleeping(0.02, 1e-3)}
-    times = measure(engines, manifest(), seconds=0.2)
+    times, _ = measure(engines, manifest(), seconds=0.2)
     assert tuple(times) == BUCKETS
     assert choose(times)[1] == "quick"
     assert choose(times)[32] == "steady"
@@ -82,18 +82,44 @@ def test_each_engine_wins_where_it_is_faster() -> None:
 def test_batches_that_would_take_too_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_LONGEST_MS", 45.0)
     engine = Sleeping(0.0, 5e-3)
-    assert tuple(measure({"a": engine}, manifest(), seconds=0.02)) == (1, 4)
+    assert tuple(measure({"a": engine}, manifest(), seconds=0.02)[0]) == (1, 4)
     assert engine.sizes == {1, 4}
 
 
 def test_of_long_batches_those_that_are_close_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_LONG_MS", 45.0)
     engines = {"first": Sleeping(0.0, 5e-3), "later": Sleeping(5e-3, 4e-3), "far": Sleeping(0.02, 5e-3)}
-    times = measure(engines, manifest(16), seconds=0.05)
+    times, _ = measure(engines, manifest(16), seconds=0.05)
     assert engines["far"].sizes == {1, 4}
     assert engines["first"].sizes == engines["later"].sizes == {1, 4, 16}
     assert choose(times)[16] == "later"
     assert times[16]["far"] / times[16]["later"] == pytest.approx(times[4]["far"] / min(times[4].values()))
+
+
+class Small(Sleeping):
+    """An engine whose memory is too small for large batches."""
+
+    def __init__(self, largest: int) -> None:
+        super().__init__(0.0, 0.0)
+        self.largest = largest
+
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        if len(inputs[0]) > self.largest:
+            raise MemoryError("no more")
+        return super().__call__(inputs)
+
+
+def test_an_engine_that_fails_at_a_size_is_left_out_of_all() -> None:
+    times, reasons = measure({"small": Small(4), "large": Small(99)}, manifest(), seconds=0.02)
+    assert {size: list(row) for size, row in times.items()} == {size: ["large"] for size in BUCKETS}
+    assert reasons == {"small": "a batch of 16: MemoryError: no more"}
+
+
+def test_a_size_that_no_engine_takes_ends_it() -> None:
+    times, reasons = measure({"one": Small(4), "other": Small(15)}, manifest(), seconds=0.02)
+    assert {size: list(row) for size, row in times.items()} == {1: ["one", "other"], 4: ["one", "other"]}
+    assert reasons == {}
+    assert measure({"none": Small(0)}, manifest(), seconds=0.02) == ({}, {"none": "a batch of 1: MemoryError: no more"})
 
 
 @pytest.mark.parametrize("terminal", [True, False])

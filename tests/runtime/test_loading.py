@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, MissingPackageError
 from compress.runtime import load, loading, requirements
 from compress.runtime.engines import Engine, onnxruntime
 from compress.runtime.examples import example_call
@@ -17,6 +17,8 @@ from compress.runtime.loading import load_and_call
 from compress.runtime.manifest import Manifest
 from compress.runtime.requirements import native_requirements
 from tests.export.programs import HERE, artifact, edit, quantized
+
+Measured = tuple[dict[int, dict[str, float]], dict[str, str]]
 
 
 @pytest.fixture(autouse=True)
@@ -35,11 +37,11 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """Record what is measured, and let ONNX Runtime win."""
     seen: list[set[str]] = []
 
-    def measure(engines: dict[str, Engine], manifest: Manifest) -> dict[int, dict[str, float]]:
+    def measure(engines: dict[str, Engine], manifest: Manifest) -> Measured:
         seen.append(set(engines))
         for engine in engines.values():
             example_call(engine, manifest, 2)()
-        return {size: {name: 1.0 + (name != "onnxruntime") for name in engines} for size in (1, 16)}
+        return {size: {name: 1.0 + (name != "onnxruntime") for name in engines} for size in (1, 16)}, {}
 
     monkeypatch.setattr(loading, "measure", measure)
     return seen
@@ -64,8 +66,8 @@ def test_the_fastest_engine_serves_and_is_remembered(timed: list[set[str]]) -> N
 
 
 def test_engines_share_the_batch_sizes_where_they_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    def measure(engines: dict[str, Engine], manifest: Manifest) -> dict[int, dict[str, float]]:
-        return {size: {name: 1.0 + (name != best) for name in engines} for size, best in wins.items()}
+    def measure(engines: dict[str, Engine], manifest: Manifest) -> Measured:
+        return {size: {name: 1.0 + (name != best) for name in engines} for size, best in wins.items()}, {}
 
     wins = {1: "onnxruntime", 4: "eager", 16: "eager"}
     monkeypatch.setattr(loading, "measure", measure)
@@ -92,6 +94,54 @@ def test_a_remembered_winner_that_cannot_be_loaded_any_more_is_replaced(
     rest = [name for name in HERE if name != "onnxruntime"]
     assert timed == [set(HERE), set(rest)]
     assert model.engines == tuple(rest)
+
+
+def test_an_engine_that_could_not_be_loaded_is_measured_once_it_can(
+    timed: list[set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(path: Path, num_threads: int | None) -> Engine:
+        raise MissingPackageError("onnxruntime", "all")  # it is there, and one of its libraries is not
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "make", absent)
+        for _ in range(2):  # measured, then remembered
+            with pytest.warns(UserWarning, match="left out on this machine: onnxruntime: .* got none"):
+                assert load(artifact()).engine != "onnxruntime"
+    rest = set(HERE) - {"onnxruntime"}
+    assert timed == ([rest] if len(rest) > 1 else [])
+    assert load(artifact()).engine == "onnxruntime"
+    assert timed[-1] == set(HERE)
+
+
+def test_an_engine_that_does_not_run_is_left_out(timed: list[set[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        takes, threads = "numpy", 1
+
+        def __call__(self, inputs: Any) -> list[Any]:
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(onnxruntime, "make", lambda path, num_threads: Broken())
+    with pytest.warns(UserWarning, match="left out on this machine: onnxruntime: RuntimeError: out of memory"):
+        model = load(artifact())
+    assert model.engines == tuple(name for name in HERE if name != "onnxruntime")
+    with pytest.raises(ArtifactError, match="onnxruntime: RuntimeError: out of memory"):
+        load(artifact(), engine="onnxruntime")
+
+
+def test_an_engine_that_fails_while_it_is_measured_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measure(engines: dict[str, Engine], manifest: Manifest) -> Measured:
+        return {1: {name: 1.0 for name in engines if name != "eager"}}, {"eager": "a batch of 32: no memory"}
+
+    monkeypatch.setattr(loading, "measure", measure)
+    with pytest.warns(UserWarning, match="left out on this machine: eager: a batch of 32: no memory; served by"):
+        assert load(artifact()).engines == tuple(name for name in HERE if name != "eager")
+
+
+def test_what_is_measured_later_is_the_file_that_was_loaded(copy: Path) -> None:
+    model = load(copy, engine="onnxruntime")
+    (copy / "model.onnx").write_bytes(b"another")
+    with pytest.raises(ArtifactError, match="expected SHA-256"):
+        model.benchmark([1], threads=[1], seconds=0.01)
 
 
 def test_auto_measures_and_serves(tmp_path: Path) -> None:

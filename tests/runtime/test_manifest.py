@@ -92,6 +92,45 @@ def test_a_range_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any
         read_manifest(write(tmp_path, content))
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("inputs", []),
+        ("outputs", []),
+        ("labels", ["a", "b"]),
+        ("labels", ["a", "b", 3]),
+        ("preprocessing", {"scale": 1.0, "mean": [0.0, 1.0], "std": [1.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": [], "std": [1.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": [0.0], "std": [0.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": ["zero"], "std": [1.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": [[0.0]], "std": [1.0]}),
+    ],
+)
+def test_what_would_fail_later_is_refused(tmp_path: Path, key: str, value: Any) -> None:
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, {**CONTENT, key: value}))
+
+
+@pytest.mark.parametrize(
+    "requires",
+    [
+        {"flags": 5},
+        {"flags": ["avx2", 1]},
+        {"versions": "x"},
+        {"versions": {"": "1"}},
+        {"versions": {"torch": 2}},
+        {"torch": 2.13},
+        {"arch": None},
+        {"cuda": 9},
+    ],
+)
+def test_requirements_that_cannot_be_are_refused(tmp_path: Path, requires: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content["targets"]["eager"]["requires"] = requires
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, content))
+
+
 @pytest.mark.parametrize("dimension", ["0", "2", "-1", "x"])
 def test_a_range_of_no_dynamic_dimension_is_refused(tmp_path: Path, dimension: str) -> None:
     content = json.loads(json.dumps(CONTENT))
@@ -151,6 +190,9 @@ def test_files_are_checked(tmp_path: Path) -> None:
             check_file(path, Target(file=name, bytes=4, sha256=good.sha256))
         with pytest.raises(ArtifactError, match=message):
             check_file(path, Target(file="f", bytes=4, sha256=good.sha256, parts={name: good.sha256}))
+    for name in ("a\0b", "a" * 5000, "\ud800"):
+        with pytest.raises(ArtifactError, match="expected to read"):
+            check_file(path, Target(file=name, bytes=4, sha256=good.sha256))
     (path / "g").write_bytes(b"dbta")
     with pytest.raises(ArtifactError, match=r"g: expected SHA-256"):
         check_file(path, Target(file="f", bytes=4, sha256=good.sha256, parts={"g": good.sha256}))

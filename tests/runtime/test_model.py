@@ -27,7 +27,8 @@ def test_outputs_go_where_the_caller_wants_them(model: CompactModel) -> None:
     x = quantized().inputs[:5]
     wanted = model(x)
     buffer = torch.full((7, 3), torch.nan)
-    assert model(x, out=buffer[1:6]) is not None
+    given = buffer[1:6]
+    assert model(x, out=given) is given
     assert buffer[[0, 6]].isnan().all()
     torch.testing.assert_close(buffer[1:6], wanted)
     array = np.full((5, 3), np.nan, dtype=np.float32)
@@ -52,6 +53,7 @@ def test_a_buffer_takes_a_batch_in_parts() -> None:
         (np.zeros((5, 4), dtype=np.float32), r"out: expected shape \(N, 3\) with N = 5, got \(5, 4\)"),
         (np.zeros((5, 3)), r"out: expected dtype float32, got float64"),
         (torch.zeros(5, 3), r"out: expected what the inputs are, got torch"),
+        (np.frombuffer(bytes(60), dtype=np.float32).reshape(5, 3), r"out: expected memory that can be written"),
     ],
 )
 def test_a_buffer_that_does_not_fit_is_refused(out: Any, text: str) -> None:
@@ -240,6 +242,23 @@ def test_predict_takes_raw_values(model: CompactModel) -> None:
     np.testing.assert_allclose(probabilities, logits.softmax(-1).numpy(), atol=0.02)
     assert labels == [LABELS[i] for i in probabilities.argmax(-1)]
     assert np.array_equal(model.predict(raw[:, 0])[1], probabilities)
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (np.ones((2, 3, 8, 8)), r"x: expected shape \(N, 1, 8, 8\), got \(2, 3, 8, 8\)"),
+        (np.ones((8, 8)), r"expected shape \(N, 1, 8, 8\), got \(8, 8\)"),
+        ([], "expected shape"),
+        (np.array(3.0), "expected shape"),
+        (np.full((2, 8, 8), "7"), "x: expected numbers, got an array of <U1"),
+        ([[1.0, 2.0], [3.0]], "x: expected numbers, got"),
+        ([None], "x: expected numbers, got an array of object"),
+    ],
+)
+def test_raw_values_that_do_not_fit_are_named(raw: Any, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        load(artifact(), engine="onnxruntime").predict(raw)
 
 
 def test_preprocessing_is_by_channel() -> None:

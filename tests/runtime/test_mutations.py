@@ -20,6 +20,7 @@ from compress.runtime.trust import SIGNATURE
 from tests.export.programs import HERE, artifact, quantized
 
 _VALUES: list[Any] = [None, "", "x", -1, 0, 1, 10**30, 1.5, float("nan"), [], {}, [None], True, "../../etc/passwd"]
+_VALUES += ["a\0b", "a" * 5000, "\ud800", {"": "1"}]
 
 
 def flip(folder: Path, draw: random.Random) -> None:
@@ -115,11 +116,13 @@ def test_a_thousand_mutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
                 warnings.simplefilter("ignore")
                 model = load(folder, engine="onnxruntime" if number % 3 else "auto")
                 outputs = model(inputs)
+                labels, probabilities = model.predict(inputs)
         except ArtifactError:
             refused[mutation.__name__] = refused.get(mutation.__name__, 0) + 1
             continue
         serving = set(model.engines_by_batch.values())
         assert any(np.array_equal(outputs, right[engine]) for engine in serving), (number, mutation.__name__)
+        assert len(labels) == len(probabilities) == len(inputs)
     # What a checksum covers is refused without exception; what somebody has signed off may be harmless.
     for name in ("truncate", "remove", "escape"):
         assert refused[name] == 125, (name, refused)

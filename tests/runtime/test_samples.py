@@ -111,6 +111,8 @@ def test_arrays_come_in_parts(tmp_path: Path) -> None:
         ("a.csv", "1,2\n", taking(1, 8, 8), "whose samples are rows of numbers, got an input of shape (N, 1, 8, 8)"),
         ("a.csv", "1,2\n", taking(2, inputs=2), "net: expected an artefact with one input, got 2 (x0, x1)"),
         ("a.npy", "1,2\n", taking(2), "a.npy: expected an array saved by numpy.save"),
+        ("a.npy", "", taking(2), "a.npy: expected an array saved by numpy.save"),
+        ("a.npy", "PK\3\4 and no more", taking(2), "a.npy: expected an array saved by numpy.save"),
         ("a.txt", "good\n", taking(2, inputs=2), "net: expected an artefact that holds a tokenizer, got none"),
         ("a.doc", "good\n", taking(2), "a.doc: expected one of .npy, .npz, .csv, .txt, .bmp"),
         ("a.png", "no image", taking(1, 4, 5), "a.png: expected an image, got cannot identify"),

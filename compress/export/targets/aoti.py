@@ -22,7 +22,6 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from compress.errors import ExportError
 from compress.export.archive import repack
 from compress.export.graph import has_narrow_weights, rewritten, spare_inputs, widen_single_channels
 from compress.export.targets import Census, ExportSkippedError
@@ -54,8 +53,7 @@ def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -
             the compilation several times longer.
 
     Raises:
-        ExportSkippedError: when there is no C++ compiler, or this processor computes int8 kernels wrongly.
-        ExportError: when the compiler fails.
+        ExportSkippedError: when there is no C++ compiler, it fails, or this processor computes int8 kernels wrongly.
     """
     check_compiler()
     _register_weight_packing()
@@ -81,7 +79,7 @@ def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str,
         settings: Of Inductor, beyond those that all packages have.
 
     Raises:
-        ExportError: when the compiler fails.
+        ExportSkippedError: when the compiler fails.
     """
     try:
         with torch.no_grad():
@@ -90,7 +88,7 @@ def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str,
             )
     except Exception as error:  # Inductor raises many kinds; each means the same to the user
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExportError(
+        raise ExportSkippedError(
             f"aoti: expected a program that Inductor compiles, got: {reason}. Leave the target out."
         ) from error
     with zipfile.ZipFile(path) as package:

@@ -26,7 +26,7 @@ from compress.export.xnnpack_graph import (
     split_dequantizers,
     widen_weights,
 )
-from compress.runtime.engines.litert import open_file
+from compress.runtime.engines.litert import open_content
 
 __all__ = ["FILE", "build", "census", "quantize_weights", "requires"]
 
@@ -69,7 +69,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
 
 def census(path: Path) -> Census:
     """Count the kernels of a file by the type of what they multiply."""
-    interpreter = open_file(path, 1, delegate=False)
+    interpreter = open_content(path.read_bytes(), 1, delegate=False)
     dtypes = {entry["index"]: entry["dtype"].__name__ for entry in interpreter.get_tensor_details()}
     int8, floats, others = Counter[str](), Counter[str](), Counter[str]()
     for operator in interpreter._get_ops_details():

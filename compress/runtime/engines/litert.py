@@ -13,7 +13,7 @@ import numpy as np
 from compress.errors import MissingPackageError
 from compress.measure.machine import describe_machine
 
-__all__ = ["PACKAGES", "LiteRTEngine", "make", "open_file"]
+__all__ = ["PACKAGES", "LiteRTEngine", "make", "open_content"]
 
 PACKAGES = ("ai_edge_litert",)
 RUNS_CODE = False
@@ -34,7 +34,7 @@ class LiteRTEngine:
 
     def __init__(self, path: Path, num_threads: int | None) -> None:
         self.threads = num_threads or int(describe_machine()["cores"])
-        self._path = path
+        self._content = path.read_bytes()  # later threads get what was loaded
         self._interpreters = local()  # an interpreter serves one thread at a time
         self._interpreter()
 
@@ -55,17 +55,17 @@ class LiteRTEngine:
         """Return this thread's interpreter, and what it says of its inputs and outputs."""
         own = getattr(self._interpreters, "own", None)
         if own is None:
-            interpreter = open_file(self._path, self.threads)
+            interpreter = open_content(self._content, self.threads)
             takes, gives = sorted(interpreter.get_input_details(), key=_place), interpreter.get_output_details()
             own = self._interpreters.own = (interpreter, takes, gives)
         return own
 
 
-def open_file(path: Path, num_threads: int, *, delegate: bool = True) -> Any:
-    """Return an interpreter of a file.
+def open_content(content: bytes, num_threads: int, *, delegate: bool = True) -> Any:
+    """Return an interpreter.
 
     Args:
-        path: The ``.tflite`` file.
+        content: Of a ``.tflite`` file.
         num_threads: Threads of one call.
         delegate: Whether XNNPACK may take over what it can.
 
@@ -77,7 +77,7 @@ def open_file(path: Path, num_threads: int, *, delegate: bool = True) -> Any:
     except ImportError as error:
         raise MissingPackageError("ai-edge-litert", "litert") from error
     resolver = OpResolverType.AUTO if delegate else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
-    interpreter = Interpreter(model_path=str(path), num_threads=num_threads, experimental_op_resolver_type=resolver)
+    interpreter = Interpreter(model_content=content, num_threads=num_threads, experimental_op_resolver_type=resolver)
     interpreter.allocate_tensors()
     return interpreter
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from compress.measure.machine import user_cache
 from compress.runtime.engines.onnxruntime import CUDA, PACKAGES, ONNXRuntimeEngine, open_session
 from compress.runtime.manifest import sha256
 
 __all__ = ["PACKAGES", "make"]
 
-RUNS_CODE = False
+RUNS_CODE = True  # a graph may hold an engine that TensorRT has built, which it deserialises
 DEVICE = "cuda"
 
 
@@ -19,10 +19,9 @@ def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
 
     TensorRT builds an engine in the first calls, which takes up to minutes; it is kept in the user's cache folder.
     """
-    cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress")) / "tensorrt"
     options = {
         "trt_int8_enable": "1",
         "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(cache / sha256(path)[:32]),
+        "trt_engine_cache_path": str(user_cache() / "tensorrt" / sha256(path)[:32]),
     }
     return open_session(path, num_threads, ("TensorrtExecutionProvider", options), CUDA)

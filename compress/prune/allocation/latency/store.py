@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from compress.measure.machine import describe_machine
+from compress.measure.machine import describe_machine, user_cache
 
 __all__ = ["Store", "typical_ms"]
 
@@ -53,8 +52,7 @@ class Store:
     def __init__(self, engine: str, threads: int | None) -> None:
         self._about = {"engine": engine, "threads": threads, "machine": describe_machine()}
         key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:16]
-        cache = Path(os.environ.get("COMPRESS_CACHE", Path.home() / ".cache" / "compress"))
-        self.path = cache / "latency" / f"{engine}-{key}.json"
+        self.path = user_cache() / "latency" / f"{engine}-{key}.json"
         self.layers: dict[str, float] = {}
         self.networks: dict[str, float] = {}
         self._merge()

@@ -1,0 +1,100 @@
+"""What happens to a network after the last step of a run: averages, post-training quantization, and a stop amid them."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from rich.console import Console
+from torch import Tensor
+
+from compress.data import Digits
+from compress.distill import Classification
+from compress.errors import ExportError
+from compress.models import ResNet
+from compress.pipeline import create_run, export, fit
+from compress.pipeline.rundir import RunDirectory
+from compress.quantize import QuantizationAwareTraining
+from compress.recipe import Export, Recipe
+
+callback: Any = importlib.import_module("compress.quantize.callback")
+
+
+def start(path: Path, *, average: bool = False, **quantize: Any) -> RunDirectory:
+    torch.manual_seed(0)
+    recipe = Recipe(
+        name="ending",
+        data=Digits(batch_size=256),
+        task=Classification(10),
+        student=ResNet(in_channels=1, width=4, blocks=(1, 1), num_classes=10),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
+        quantize=QuantizationAwareTraining("int8", **quantize),
+        export=Export(targets=["eager"], min_top1_agreement=0.9),
+        baseline=False,
+        trainer={
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "callbacks": [EMAWeightAveraging(decay=0.9)] if average else [],
+        },
+    )
+    return create_run(recipe, path=path, console=Console(quiet=True))
+
+
+def final(run: RunDirectory) -> dict[str, Tensor]:
+    return torch.load(run.snapshot("final"), weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_a_run_that_dies_in_calibration_goes_on_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: bool
+) -> None:
+    settings: dict[str, Any] = {"start": 1, "improve": ["equalize", "adaround"], "average": average, "num_batches": 2}
+    whole = start(tmp_path / "whole", **settings)
+    fit(whole)
+    stopped = start(tmp_path / "stopped", **settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(callback, "calibrate", die)
+        with pytest.raises(MemoryError):
+            fit(stopped)
+    assert not stopped.snapshot("final").exists()
+    fit(stopped)
+    expected, got = final(whole), final(stopped)
+    assert any("activation_post_process" in name for name in expected)  # it was quantised
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(tensor, got[name]), name
+
+
+def die(*_: Any, **__: Any) -> None:
+    raise MemoryError
+
+
+def test_what_is_quantised_after_training_is_the_average(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", average=True, start=1, improve=["equalize", "bias"], ranges="minmax")
+    fit(run)
+    network, _ = run.network("final")
+    x = run.held_out[0]
+    with torch.no_grad():
+        wanted, got = network.eval()(x), run.deployed(x)
+    assert float((wanted.argmax(1) == got.argmax(1)).float().mean()) > 0.97
+    # Equalised, and with biases corrected: had the average come after, neither would be left.
+    plain = start(tmp_path / "plain", average=True, start=1, ranges="minmax")
+    fit(plain)
+    ours, theirs = final(run), final(plain)
+    assert ours.keys() == theirs.keys()
+    weights = [name for name in ours if name.endswith("weight")]
+    assert any(not torch.equal(ours[name], theirs[name]) for name in weights)
+
+
+def test_a_run_that_ends_before_its_quantization_says_so(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", start=0.99, freeze_batchnorm=1)
+    with pytest.warns(UserWarning, match=r"quantize\.start: expected training to go beyond 0\.99 .*in floats"):
+        fit(run)
+    with pytest.raises(ExportError, match=r"got one in floats: training ended before progress 0\.99, quantize\.start"):
+        export(run)
+    assert not (tmp_path / "run" / "artifact").exists()
