@@ -1,8 +1,8 @@
 """Run by test_ddp.py: a fit on two processes that prunes, then quantises; each rank writes what it ended with.
 
 Gradients are accumulated over two batches, and an average of the weights follows. With ``learn_steps`` after the
-folder, nothing is pruned, and steps are learned under bfloat16; with ``fallback``, a network that cannot be captured is
-pruned and rounded layer by layer.
+folder, nothing is pruned, and steps are learned under bfloat16; with ``after``, nothing is pruned, and the network is
+quantised after training; with ``fallback``, one that cannot be captured is pruned and rounded layer by layer.
 """
 
 from __future__ import annotations
@@ -53,9 +53,11 @@ def num_apart(pl_module: pl.LightningModule, tensors: Iterable[torch.Tensor]) ->
     return int((both[0] != both[1]).sum())
 
 
-def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False) -> None:
+def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False, after: bool = False) -> None:
     pl.seed_everything(0, verbose=False)
     quantize: dict[str, Any] = {"start": 0.6, "freeze_batchnorm": 0.9, "learn_steps": learn_steps}
+    if after:
+        quantize = {"start": 1, "improve": ["equalize", "adaround", "bias"], "num_batches": 2}
     module = Distiller(
         Locked() if fallback else Residual(),
         task=Classification(3),
@@ -67,7 +69,7 @@ def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False) -> 
     compare, average = Compare(), EMAWeightAveraging(decay=0.5)
     pruning = StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=3, round_to=2)
     trainer = pl.Trainer(
-        max_epochs=3 if learn_steps else 4,
+        max_epochs=4 if quantize["start"] < 1 and not learn_steps else 3,
         precision="bf16-mixed" if learn_steps else "32-true",
         accelerator="cpu",
         devices=2,
@@ -80,7 +82,7 @@ def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False) -> 
         accumulate_grad_batches=2,
         default_root_dir=folder,
         callbacks=[
-            *([] if learn_steps else [pruning]),
+            *([] if learn_steps or after else [pruning]),
             QuantizationAwareTraining(**quantize, fallback="parametrize" if fallback else None),
             average,
             compare,
@@ -95,6 +97,7 @@ def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False) -> 
             "statistics": compare.statistics,
             "edits": compare.kinds,
             "history": history_of(module).to_list(),
+            "buffers": {name: tensor.clone() for name, tensor in module.student.named_buffers()},
             "state": {name: tensor.clone() for name, tensor in module.student.named_parameters()},
             "average": {name: p.detach().clone() for name, p in twin.student.named_parameters()},
             "moments": len(trainer.optimizers[0].state),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.errors import ArtifactError, ExportError, ExportSkippedError
+from compress.errors import ArtifactError, DataError, ExportError, ExportSkippedError
 from compress.export import convert, export_artifact
 from compress.export.targets import TARGETS, WITH_LENGTHS
 from compress.measure.cost import macs
@@ -199,7 +199,9 @@ def test_int8_at_every_length(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network, x = Transformer().eval(), torch.randn(64, 9, 16)
     prepared = prepare(network, [x[:2]], "int8", lengths=[LENGTH])
-    calibrate(prepared, [(x,)])
+    calibrate(prepared, [(x,), (torch.randn(8, 5, 16),)])  # of whatever length
+    with pytest.raises(DataError, match=r"\(N, any, 16\) float32, got \(N, 9, 15\) float32"):
+        calibrate(prepared, [(x[..., 1:],)])
     prepared.eval()
     program = export_program(to_integers(prepared), [x[:2]], lengths=[LENGTH])
     manifest = export_artifact(

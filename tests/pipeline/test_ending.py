@@ -1,4 +1,4 @@
-"""What happens to a network after the last step of a run: averages, post-training quantization, and a stop amid them."""
+"""What happens to a network after the last step of a run: averages, post-training quantization, a stop amid them."""
 
 from __future__ import annotations
 

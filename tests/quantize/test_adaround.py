@@ -49,6 +49,16 @@ def test_never_worse_than_the_nearest_and_among_the_best_of_all_roundings() -> N
     assert min(gains) < 0.5
 
 
+def test_grids_whose_steps_differ_are_left_alone() -> None:
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3)), torch.randn(64, 8)
+    prepared = prepare(network.eval(), [x[:2]], "fp8")
+    calibrate(prepared, [(x,)])
+    before = copy.deepcopy(prepared.state_dict())
+    assert adaround(prepared, [(x,)]) == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.state_dict().items())
+
+
 def test_limits_hold_and_what_is_exact_stays() -> None:
     x, layer = torch.randn(40, 3), nn.functional.linear
     w = torch.tensor([[7.9, -9.5, 2.0]])

@@ -143,8 +143,10 @@ def test_a_pattern_without_a_layer_is_named(trained: Residual) -> None:
     ("batches", "message"),
     [
         ([], "expected at least one batch, got none"),
-        ([(torch.zeros(4, 1, 8),)], r"expected batches .*\(1, 8, 8\).*got \[\(1, 8\)\]"),
+        ([(torch.zeros(4, 1, 8),)], r"expected batches .*\(N, 1, 8, 8\).*got \(N, 1, 8\)"),
         ([(torch.zeros(4, 1, 8, 8), torch.zeros(4))], "Give what the network takes, without targets"),
+        ([(images(8)[0],), (torch.empty(0, 1, 8, 8),)], "expected samples in each batch, got a batch of none"),
+        ([(images(8)[0].double(),)], r"\(N, 1, 8, 8\) float32, got \(N, 1, 8, 8\) float64"),
         ([(torch.full((4, 1, 8, 8), math.nan),)], "expected finite activations, got others at 'activation_post"),
     ],
 )

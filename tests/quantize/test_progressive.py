@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import nn
 
 from compress.errors import RecipeError
-from compress.quantize import QuantizationAwareTraining, calibrate, prepare
+from compress.quantize import QuantizationAwareTraining, calibrate, convert, prepare
 from compress.quantize.lsq import learn_steps
 from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.surgery import Captured, RandomStates
@@ -182,6 +182,19 @@ def test_a_rehearsal_names_such_a_pattern_before_any_training() -> None:
     quantization = QuantizationAwareTraining("w4a8", progressive=stages)
     with pytest.raises(RecipeError, match=r"progressive\.order: .* got 'fc'\. The layers are: 1, 3, 5\."):
         quantization.rehearse(network(), [images(2)[0]])
+
+
+def test_what_ends_amid_more_bits_is_converted_with_steps_of_its_own() -> None:
+    x, _ = images(64)
+    prepared = prepare(network(), [x[:2]], "w4a8")
+    calibrate(prepared, [(x,)])
+    prepared.eval()
+    own = prepared(x)
+    set_bits(quantizers(prepared)[0], 8)
+    prepared(x)
+    set_bits(quantizers(prepared)[0], 4)  # as at the end of a fit: no batch follows
+    with torch.no_grad():
+        assert torch.allclose(convert(prepared)(x), own, atol=1e-5)
 
 
 def test_each_quantizer_is_in_one_group() -> None:
