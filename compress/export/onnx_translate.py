@@ -20,7 +20,10 @@ from compress.surgery.recurrent import kept_whole
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-__all__ = ["translate"]
+__all__ = ["OPSET", "translate"]
+
+OPSET = 20
+"""Version of the operators that files are written with (of ONNX 1.15)."""
 
 _LARGEST = 1_900_000_000  # bytes; a protobuf file ends at 2 GiB
 
@@ -51,7 +54,7 @@ def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[Model
     program = rewritten(program, flatten_attention)
     try:
         with torch.no_grad(), _quiet(), kept_whole(lengths_of(program)):
-            translated = torch.onnx.export(program, dynamo=True)
+            translated = torch.onnx.export(program, dynamo=True, opset_version=OPSET)
     except torch.onnx.OnnxExporterError as error:
         raise ExportSkippedError(
             f"{target}: expected operators that ONNX has, got one that it lacks: {_first(error)} Leave the target out."
