@@ -32,6 +32,7 @@ seconds = time.perf_counter() - start
 memory = re.search(r"VmRSS:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())
 print(json.dumps([seconds, int(memory[1]) / 1024]))
 """
+_OURS = "import compress.runtime; compress.runtime.load"  # its names are imported when they are asked for
 _LOADED = """
 model = compress.runtime.load({path!r}, engine={engine!r}, num_threads=1)
 model(numpy.zeros((1, *model.manifest.inputs[0].shape[1:]), numpy.float32))
@@ -47,7 +48,7 @@ def main() -> None:
         cases = {"import numpy": ("pass", "import numpy")}
         for package in dict.fromkeys(_ENGINES[engine] for engine in engines):
             cases[f"import {package}"] = ("import numpy", f"import {package}")
-            cases[f"import compress.runtime after {package}"] = (f"import numpy, {package}", "import compress.runtime")
+            cases[f"import compress.runtime after {package}"] = (f"import numpy, {package}", _OURS)
         for engine in engines:
             before = f"import numpy, {_ENGINES[engine]}, compress.runtime"
             cases[f"{engine} loaded"] = (before, _LOADED.format(path=str(path), engine=engine))
