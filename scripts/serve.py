@@ -5,8 +5,8 @@
 
 POST /predict takes one raw sample as nested lists, or as a text where the artefact holds a tokenizer, and gives its
 label and probabilities; GET /health says whether the server is ready. A sample of another shape, or with values that
-are no numbers, gets status 422 and never meets others. Where sizes may vary, samples of one shape become one batch:
-none is padded.
+are no numbers, gets status 422 and never meets others; one that the network refuses gets it, too, and those beside it
+are served. Where sizes may vary, samples of one shape become one batch: none is padded.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from pydantic import BaseModel, field_validator
 
 import compress
 from compress.errors import CompressError
+from compress.runtime.examples import example_sizes
 from compress.runtime.inputs import preprocess
 from compress.runtime.manifest import Manifest, preprocesses_text, read_manifest
 from compress.runtime.sizes import wrong_size
@@ -111,8 +112,14 @@ class Served(litserve.LitAPI):
             return list(zip(*self.model.predict(alike if isinstance(alike[0], str) else np.stack(alike))))
         except Exception as error:  # a token beyond the vocabulary, say
             if len(alike) == 1:
+                self._try()
                 return [error]
             return [prediction for sample in alike for prediction in self._predict([sample])]
+
+    def _try(self) -> None:
+        """Raise where nothing runs any more: then the sample before is not to blame, and status 500 says so."""
+        specs = self.model.manifest.inputs
+        self.model(*(np.zeros((1, *example_sizes(spec)), spec.dtype) for spec in specs))
 
     def unbatch(self, output: list[Prediction]) -> list[Prediction]:
         """Return one output for each sample."""

@@ -31,6 +31,7 @@ from compress.runtime.manifest import (
     Target,
     TensorSpec,
     check_labels,
+    check_scaling,
     check_text,
     preprocesses_text,
     read_manifest,
@@ -130,7 +131,7 @@ def export_artifact(
 def _check_labels(labels: Sequence[str] | None, output: TensorSpec) -> None:
     try:
         check_labels(labels, output)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ExportError(f"labels: expected a name for each class, got {error}. Name all, or none.") from error
 
 
@@ -138,15 +139,18 @@ def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec],
     outside = [name for name in files if Path(name).name != name]
     if outside:
         raise ExportError(f"files: expected names within the artefact, got {', '.join(outside)}. Leave out folders.")
-    if not preprocesses_text(steps):
+    if not steps:
         return
     try:
-        check_text(steps, inputs, files)
-        make_encoder(files[steps["tokenizer"]], steps)([""])
+        if preprocesses_text(steps):
+            check_text(steps, inputs, files)
+            make_encoder(files[steps["tokenizer"]], steps)([""])
+        else:
+            check_scaling(steps, inputs[0])
     except (ArtifactError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
-            f"preprocessing: expected what turns texts into the network's inputs, got {type(error).__name__}: {error}. "
-            "See compress.data.Tokenizer."
+            f"preprocessing: expected what turns {'texts' if preprocesses_text(steps) else 'stored values'} into the "
+            f"network's inputs, got {type(error).__name__}: {error}. See compress.data.Tokenizer or Digits."
         ) from error
 
 

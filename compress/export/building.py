@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,8 @@ from compress.runtime.manifest import Target, sha256
 from compress.surgery.lengths import lengths_of
 
 __all__ = ["Job", "announced", "build_target"]
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def _or_skipped(expected: str) -> Iterator[None]:
     except CompressError:
         raise
     except Exception as error:
+        log.info("%s", expected, exc_info=error)
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise ExportSkippedError(f"{expected}, got {type(error).__name__}: {reason}. Leave the target out.") from error
 

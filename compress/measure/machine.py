@@ -81,7 +81,12 @@ def user_cache() -> Path:
     try:
         return Path.home() / ".cache" / "compress"
     except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"compress-{os.getuid()}"
+        return _for_this_process()
+
+
+@cache
+def _for_this_process() -> Path:
+    return Path(tempfile.mkdtemp(prefix="compress-"))
 
 
 def _cpuinfo(key: str) -> str:

@@ -54,7 +54,8 @@ def measure_layers(
     if before is not None and before.measured_on != measured_on:
         run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
         before = None
-    curves = {} if before is None else before.curves
+    sizes = num_weights(network)
+    curves = {} if before is None else {layer: points for layer, points in before.curves.items() if layer in sizes}
 
     def loss(changed: Any) -> dict[str, float]:
         return judge(run, changed, islice(loader, num_batches), device_of(run))
@@ -64,7 +65,7 @@ def measure_layers(
         metric=run.recipe.task.metric,
         measured_on=measured_on,
         whole=loss(network) if before is None else before.whole,
-        sizes=num_weights(network),
+        sizes=sizes,
         curves=curves,
     )
 

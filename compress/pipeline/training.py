@@ -135,9 +135,15 @@ def _end(trainer: pl.Trainer, module: Distiller) -> None:
     for callback in callbacks:
         if isinstance(callback, RandomStates):
             callback.on_train_start(trainer, module)  # the same batches calibrate
+    device = module.device
+    module.to(trainer.strategy.root_device)  # from which Lightning has taken it already
     for callback in callbacks:
+        # With BatchNorm, SWA has become the weights an epoch before the last, which the checkpoint is from.
+        if isinstance(callback, StochasticWeightAveraging) and callback._model_contains_batch_norm:
+            continue
         if isinstance(callback, ModelEditor | WeightAveraging | StochasticWeightAveraging):
             callback.on_train_end(trainer, module)
+    module.to(device)
 
 
 def _module(run: RunDirectory, student: nn.Module, teacher: Any, losses: Sequence[DistillationLoss]) -> Distiller:

@@ -134,7 +134,7 @@ def _watch(module: nn.Module, seen: Seen, name: str) -> Any:
 
 def _check(prepared: nn.Module, inputs: Any) -> None:
     got = list(inputs) if isinstance(inputs, list | tuple) else [inputs]
-    if any(isinstance(tensor, Tensor) and not len(tensor) for tensor in got):
+    if any(isinstance(tensor, Tensor) and not tensor.numel() for tensor in got):
         raise DataError("calibrate: expected samples in each batch, got a batch of none. Leave it out.")
     if not isinstance(prepared, Captured):
         return  # its own code says what it takes
@@ -150,7 +150,8 @@ def _check(prepared: nn.Module, inputs: Any) -> None:
 def _fits(tensor: Any, wanted: Tensor) -> bool:
     return (
         isinstance(tensor, Tensor)
-        and (tensor.dim(), tensor.dtype) == (wanted.dim(), wanted.dtype)
+        and tensor.dim() == wanted.dim()
+        and (tensor.dtype == wanted.dtype or not (tensor.is_floating_point() or wanted.is_floating_point()))
         and all(size == given for size, given in zip(wanted.shape[1:], tensor.shape[1:]) if isinstance(size, int))
     )
 

@@ -24,6 +24,7 @@ from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
 from compress.quantize.schemes import Scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
+from compress.surgery.averages import find_averages
 from compress.surgery.editor import example_inputs, inputs_of, progress
 from compress.surgery.slicing import shapes_of
 
@@ -219,6 +220,8 @@ class QuantizationAwareTraining(ModelEditor):
         """Keep what was trained, to be converted when asked for: PT2E takes some seconds for that."""
         if self.start == 1 and not _is_quantized(pl_module):
             self._calibrate(trainer, pl_module)
+            for average in find_averages(trainer, pl_module, self.attribute):
+                average.take(self.network(pl_module))
         elif not _is_quantized(pl_module):
             rank_zero_warn(
                 f"quantize.start: expected training to go beyond {self.start} of its steps, and it ended before: "

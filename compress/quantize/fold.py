@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 from compress.quantize.factors import factor_as_it_is
 from compress.quantize.normalize import parameters_alone
 
-__all__ = ["drop_unused", "fold_into_scales", "fold_norms", "hide_norms", "show_norms", "store_weights"]
+__all__ = ["drop_unused", "fold_into_scales", "fold_norms", "hide_norms", "run_folded", "show_norms", "store_weights"]
 
 _aten = torch.ops.aten
 _LAYERS = {
@@ -58,6 +58,36 @@ def fold_norms(graph_module: GraphModule) -> None:
         norm.replace_all_uses_with(convolution)
         graph_module.graph.erase_node(norm)
     graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+
+
+def run_folded(graph_module: GraphModule) -> None:
+    """Let a graph in evaluation compute what ``fold_norms`` makes of it, of parameters that may still change, in place.
+
+    So what is judged is what is deployed, to the last bit: a sum that differs in that is rounded to another integer
+    once in a while.
+    """
+    graph = graph_module.graph
+    for norm in [node for node in graph.nodes if node.target is _aten.batch_norm.default]:
+        found = _fused(norm)
+        if found is None or norm.args[5]:
+            continue
+        convolution, inner = found
+        factor_as_it_is(convolution.args[1].args[0].args[1])  # type: ignore[union-attr, arg-type]
+        with graph.inserting_before(convolution):
+            # Copies of what reads parameters: the others may stand behind the convolution.
+            gamma, beta, mean, var = map(graph.node_copy, norm.args[1:5])  # type: ignore[arg-type]
+            spread = graph.call_function(_aten.sqrt.default, (_added(graph, var, norm.args[7]),))
+            scale = graph.call_function(_aten.div.Tensor, (gamma, spread))
+            if inner is None:
+                centred = graph.call_function(_aten.neg.default, (mean,))
+            else:
+                centred = graph.call_function(_aten.sub.Tensor, (graph.node_copy(inner), mean))
+            folded = _added(graph, beta, graph.call_function(_aten.mul.Tensor, (centred, scale)))
+        convolution.args = (*convolution.args[:2], folded, *convolution.args[3:])
+        norm.replace_all_uses_with(convolution)
+        graph.erase_node(norm)
+    graph.eliminate_dead_code()
     graph_module.recompile()
 
 
@@ -164,6 +194,10 @@ def _fused(norm: Node) -> tuple[Node, Node | None] | None:
     fake = convolution.args[1]
     is_scaled = isinstance(fake, Node) and fake.op == "call_module" and fake.args[0].target is _aten.mul.Tensor  # type: ignore[union-attr]
     return (convolution, bias) if is_scaled and (bias is None or isinstance(bias, Node)) else None
+
+
+def _added(graph: Graph, first: Any, second: Any) -> Node:
+    return graph.call_function(_aten.add.Tensor, (first, second))
 
 
 def _stored(graph_module: GraphModule, like: Node, value: Tensor) -> Node:

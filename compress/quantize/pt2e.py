@@ -14,7 +14,7 @@ from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
 from compress.quantize.factors import divide_weights, factors_without_zeros
-from compress.quantize.fold import drop_unused, fold_norms, hide_norms, show_norms, store_weights
+from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
@@ -96,13 +96,20 @@ def prepare(
     for module in graph_module.modules():
         if hasattr(module, "fake_quant_enabled"):
             guard_ranges(module)
-    prepared = Captured(graph_module, frozen=captured.frozen, lighten=divide_weights).train(network.training)
+    prepared = Captured(graph_module, frozen=captured.frozen, lighten=_lighten).train(network.training)
     if num_quantized(prepared) == 0:
         raise CaptureError(
             f"quantize: expected convolutions or linear layers that scheme {scheme.scheme.name!r} can quantise, "
             f"got none in {type(network).__name__}. Leave quantize out."
         )
     return prepared
+
+
+def _lighten(graph_module: GraphModule, training: bool) -> None:
+    if training:
+        divide_weights(graph_module)
+    else:
+        run_folded(graph_module)
 
 
 def convert(prepared: Captured) -> Captured:

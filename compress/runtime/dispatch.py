@@ -61,14 +61,17 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
             expected = min(before.values(), default=0.0) * size / sizes[step - 2]
             if expected > _LONGEST_MS:
                 break
-            names = _close(before) if expected > _LONG_MS else [name for name in engines if name not in reasons]
-            calls = {name: example_call(engines[name], manifest, size) for name in names}
-            fails = {name: reason for name, call in calls.items() if (reason := _first_call(call, size))}
-            if len(fails) == len(calls):
+            able = [name for name in engines if name not in reasons]
+            names = _close(before) if expected > _LONG_MS else able
+            calls, fails = _able(engines, names, manifest, size)
+            if not calls:  # those that were far behind may run
+                calls, others = _able(engines, [name for name in able if name not in names], manifest, size)
+                fails |= others
+            if not calls:
                 reasons |= {} if times else fails
                 break
             reasons |= fails
-            calls = {name: call for name, call in calls.items() if name not in fails}
+            before = {name: ms for name, ms in before.items() if name not in fails}
             found = _few_calls(calls) if expected > _LONG_MS else _race(calls, seconds / len(sizes))
             growth = min(found.values()) / min(before.values(), default=1.0)
             times[size] = {name: growth * ms for name, ms in before.items()} | found
@@ -118,6 +121,15 @@ def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
     # The nearest by ratio changes at the geometric mean.
     borders = [isqrt(low * high) for low, high in pairwise(sizes)]
     return lambda num: names[bisect_left(borders, num)]
+
+
+def _able(
+    engines: Mapping[str, Engine], names: Sequence[str], manifest: Manifest, size: int
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Return calls of those engines that run a batch of a size, and why the others do not."""
+    calls = {name: example_call(engines[name], manifest, size) for name in names}
+    fails = {name: reason for name, call in calls.items() if (reason := _first_call(call, size))}
+    return {name: call for name, call in calls.items() if name not in fails}, fails
 
 
 def _first_call(call: Callable[[], object], size: int) -> str | None:

@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from math import inf
 from pathlib import Path
 
 from compress.errors import ArtifactError, CompressError, EngineError, MissingPackageError
@@ -43,8 +44,8 @@ def load(
 ) -> CompactModel:
     """Load an artefact whose every file is the one that was exported, by SHA-256.
 
-    Engines whose files may run code when they are loaded (``eager``: pickles, ``aoti``: native code) serve only an
-    artefact that was built on this machine, unless it is trusted.
+    Engines whose files may run code when they are loaded (pickles, native code, engines that are built already) serve
+    only an artefact that was built on this machine, unless it is trusted.
 
     Args:
         path: The artefact's directory.
@@ -66,8 +67,7 @@ def load(
         raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
     manifest = read_manifest(directory)
     trusted = is_ours(directory) or trust
-    for target in manifest.targets.values():
-        check_file(directory, target)
+    checked = {name: check_file(directory, target) for name, target in manifest.targets.items()}
     check_files(directory, manifest.files)
     if engine == "auto":
         wanted = engines_for(manifest.targets, device)
@@ -76,15 +76,19 @@ def load(
         wanted = [engine]
 
     def make(name: str, threads: int | None = num_threads) -> Engine:
+        target = READS.get(name, name)
         # Asked for later, it has to be the file that was loaded still.
-        engine = make_engine(name, check_file(directory, manifest.targets[READS.get(name, name)]), num_threads=threads)
+        file = checked.pop(target, None) or check_file(directory, manifest.targets[target])
+        engine = make_engine(name, file, num_threads=threads)
         example_call(engine, manifest, 1)()  # an engine may take a file and not run it, and the first call is slow
         return engine
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
     memory = _Memory(directory, able, num_threads)
-    times = memory.read() if len(able) > 1 else {}
+    times, failed = memory.read() if len(able) > 1 else ({}, [])
+    reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
+    able = [name for name in able if name not in failed]
     winners = sorted(set(choose(times).values()), key=able.index) if times else able
     loaded = _load_each(winners, make, reasons)
     unmeasured = [name for name in able if times and name not in times[1]]
@@ -96,7 +100,7 @@ def load(
         times, fails = measure(loaded, manifest)
         reasons |= fails
         loaded = {name: run for name, run in loaded.items() if name not in fails}
-        memory.write(times)
+        memory.write({size: {**row, **dict.fromkeys(fails, inf)} for size, row in times.items()})
     if loaded and engine == "auto":  # nobody has asked for what has no target of its own
         reasons = {name: reason for name, reason in reasons.items() if name not in READS}
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -206,17 +210,20 @@ class _Memory:
         self._file = user_cache() / "engines" / f"{key}.json"
         self._usable = frozenset(usable)
 
-    def read(self) -> Times:
-        """Return what was measured; nothing where that cannot be read."""
+    def read(self) -> tuple[Times, list[str]]:
+        """Return what was measured, and the engines that did not run then; nothing where that cannot be read."""
         try:
             content = json.loads(self._file.read_bytes())
             times = {int(size): {str(k): float(v) for k, v in row.items()} for size, row in content.items()}
         except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            return {}
+            return {}, []
         names = set(times.get(1, {}))
         alike = all(set(row) == names for row in times.values()) and min(times, default=0) == 1
         positive = all(value > 0 for row in times.values() for value in row.values())
-        return times if alike and positive and len(names) > 1 and names <= self._usable else {}
+        failed = [name for name in names if any(row.get(name) == inf for row in times.values())]
+        if not (alike and positive and len(names) > max(1, len(failed)) and names <= self._usable):
+            return {}, []
+        return {size: {n: ms for n, ms in row.items() if n not in failed} for size, row in times.items()}, failed
 
     def write(self, times: Times) -> None:
         """Keep what was measured, where the folder can be written."""

@@ -22,6 +22,7 @@ __all__ = [
     "check_file",
     "check_files",
     "check_labels",
+    "check_scaling",
     "check_text",
     "preprocesses_text",
     "read_manifest",
@@ -275,7 +276,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
     if preprocesses_text(steps):
         check_text(steps, inputs, files)
     elif steps:
-        _check_scaling(steps, inputs[0])
+        check_scaling(steps, inputs[0])
     return Manifest(
         **{
             **content,
@@ -291,19 +292,26 @@ def check_labels(labels: Any, output: TensorSpec) -> None:
 
     Args:
         labels: The manifest's; none for class numbers.
-        output: The first, whose last dimension is that of classes.
+        output: The first; of two dimensions, the last is that of classes.
 
     Raises:
-        ValueError: when there are fewer names than classes; ``TypeError`` when one is no text.
+        ValueError: when there are fewer names than classes.
     """
-    names, classes = labels or [], output.shape[-1]
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"labels {names}")
-    if names and len(output.shape) > 1 and classes is not None and len(names) < classes:
-        raise ValueError(f"{len(names)} labels for {classes} classes")
+    classes = output.shape[-1]
+    if labels and len(output.shape) == 2 and classes is not None and len(labels) < classes:
+        raise ValueError(f"{len(labels)} labels for {classes} classes")
 
 
-def _check_scaling(steps: Mapping[str, Any], spec: TensorSpec) -> None:
+def check_scaling(steps: Mapping[str, Any], spec: TensorSpec) -> None:
+    """Make sure that stored values can become an input.
+
+    Args:
+        steps: The manifest's preprocessing, ``scale``, ``mean`` and ``std``.
+        spec: Of the input.
+
+    Raises:
+        ValueError: when they cannot; ``KeyError`` and ``TypeError`` likewise.
+    """
     _check_kinds(steps, {"mean": list, "std": list})
     channels = spec.shape[1] if len(spec.shape) > 1 else 1
     for key in ("mean", "std"):

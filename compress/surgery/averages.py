@@ -62,6 +62,18 @@ class Average:
             _share_ranges(new, edited, self.averaged)
         setattr(self.owner, self.attribute, successor(self.owner, holder, new))
 
+    def take(self, network: nn.Module) -> None:
+        """Give the copy the values of the network, which was changed after it had become the average.
+
+        Args:
+            network: Of the copy's structure.
+        """
+        values = _tensors(original(getattr(self.owner, self.attribute)))
+        with torch.no_grad():
+            for name, tensor in _tensors(network).items():
+                if name in values and values[name].data_ptr() != tensor.data_ptr():
+                    values[name].copy_(tensor)
+
 
 def find_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str) -> list[Average]:
     """Find the copies of a module's network that average its weights.

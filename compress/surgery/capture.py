@@ -142,8 +142,8 @@ class Captured(nn.Module):
     Args:
         graph_module: From ``torch.export``, or what PT2E made of such a one.
         frozen: Names of the running means of norms that stay in evaluation in training, too.
-        lighten: Rewrites a graph, in place, into one that computes the same in less time; what runs is a graph of its
-            own that has been rewritten, while ``graph_module`` stays as it is.
+        lighten: Rewrites a graph, in place, into one that computes the same in less time, told whether for training;
+            what runs is a graph of its own that has been rewritten, while ``graph_module`` stays as it is.
 
     Attributes:
         freeze_batchnorm: While true, BatchNorm uses its running statistics and observers stand still in training too.
@@ -154,7 +154,7 @@ class Captured(nn.Module):
         graph_module: GraphModule,
         *,
         frozen: Iterable[str] = (),
-        lighten: Callable[[GraphModule], None] | None = None,
+        lighten: Callable[[GraphModule, bool], None] | None = None,
     ) -> None:
         super().__init__()
         self.frozen = frozenset(frozen)
@@ -166,7 +166,7 @@ class Captured(nn.Module):
             graph_module._modules,
         )
         self._graph_module = (graph_module,)
-        self._tapped: tuple[tuple[str, ...], GraphModule] | None = None
+        self._tapped: tuple[tuple[tuple[str, ...], bool], GraphModule] | None = None
         self.freeze_batchnorm = False
         self._compile: Callable[..., Any] | None = None
         self._derived: dict[tuple[bool, bool], Callable[..., Any]] = {}
@@ -189,10 +189,10 @@ class Captured(nn.Module):
         return self._derived[mode](*inputs)
 
     def _twin(self) -> GraphModule:
-        """Return a graph of its own that runs in place of this one."""
+        """Return a graph of its own that runs in place of this one in the present mode."""
         twin = twin_graph(self.graph_module)
         if self.lighten is not None:
-            self.lighten(twin)
+            self.lighten(twin, self.training)
         return twin
 
     def compile_with(self, compile: Callable[..., Any]) -> None:
@@ -213,8 +213,11 @@ class Captured(nn.Module):
         Raises:
             CaptureError: when a layer has left no operator in the graph.
         """
-        if self._tapped is None or self._tapped[0] != tuple(names):
-            self._tapped = (tuple(names), with_features(self._twin(), names))
+        key = tuple(names), self.training
+        if self._tapped is None or self._tapped[0] != key:
+            # In evaluation as it is written: norms that were folded away could not be tapped.
+            graph = self._twin() if self.training else twin_graph(self.graph_module)
+            self._tapped = (key, with_features(graph, names))
         self.sync_mode()
         outputs, features = self._tapped[1](*inputs)
         return outputs, dict(zip(names, features))

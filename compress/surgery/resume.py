@@ -94,7 +94,8 @@ class ResumePoint(Checkpoint):
         self._save(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
-        if trainer.current_epoch + 1 == trainer.max_epochs:
+        last_step = trainer.global_step == trainer.max_steps
+        if trainer.current_epoch + 1 == trainer.max_epochs or last_step or trainer.should_stop:
             self._release()  # nothing is left to write: what comes now, calibration say, may be stopped at once
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
+from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from rich.console import Console
 from torch import Tensor
 
@@ -24,7 +24,13 @@ from compress.recipe import Export, Recipe
 callback: Any = importlib.import_module("compress.quantize.callback")
 
 
-def start(path: Path, *, average: bool = False, **quantize: Any) -> RunDirectory:
+AVERAGES = {
+    "ema": lambda: EMAWeightAveraging(decay=0.9),
+    "swa": lambda: StochasticWeightAveraging(swa_lrs=5e-3, swa_epoch_start=1, annealing_epochs=1),
+}
+
+
+def start(path: Path, *, average: str | None = None, **quantize: Any) -> RunDirectory:
     torch.manual_seed(0)
     recipe = Recipe(
         name="ending",
@@ -39,7 +45,7 @@ def start(path: Path, *, average: bool = False, **quantize: Any) -> RunDirectory
             "max_epochs": 2,
             "accelerator": "cpu",
             "enable_progress_bar": False,
-            "callbacks": [EMAWeightAveraging(decay=0.9)] if average else [],
+            "callbacks": [AVERAGES[average]()] if average else [],
         },
     )
     return create_run(recipe, path=path, console=Console(quiet=True))
@@ -49,9 +55,9 @@ def final(run: RunDirectory) -> dict[str, Tensor]:
     return torch.load(run.snapshot("final"), weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("average", [False, True])
+@pytest.mark.parametrize("average", [None, "ema", "swa"])
 def test_a_run_that_dies_in_calibration_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: str | None
 ) -> None:
     settings: dict[str, Any] = {"start": 1, "improve": ["equalize", "adaround"], "average": average, "num_batches": 2}
     whole = start(tmp_path / "whole", **settings)
@@ -75,7 +81,7 @@ def die(*_: Any, **__: Any) -> None:
 
 
 def test_what_is_quantised_after_training_is_the_average(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", average=True, start=1, improve=["equalize", "bias"], ranges="minmax")
+    run = start(tmp_path / "run", average="ema", start=1, improve=["equalize", "bias"], ranges="minmax")
     fit(run)
     network, _ = run.network("final")
     x = run.held_out[0]
@@ -83,7 +89,7 @@ def test_what_is_quantised_after_training_is_the_average(tmp_path: Path) -> None
         wanted, got = network.eval()(x), run.deployed(x)
     assert float((wanted.argmax(1) == got.argmax(1)).float().mean()) > 0.97
     # Equalised, and with biases corrected: had the average come after, neither would be left.
-    plain = start(tmp_path / "plain", average=True, start=1, ranges="minmax")
+    plain = start(tmp_path / "plain", average="ema", start=1, ranges="minmax")
     fit(plain)
     ours, theirs = final(run), final(plain)
     assert ours.keys() == theirs.keys()

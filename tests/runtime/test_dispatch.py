@@ -115,6 +115,21 @@ def test_an_engine_that_fails_at_a_size_is_left_out_of_all() -> None:
     assert reasons == {"small": "a batch of 16: MemoryError: no more"}
 
 
+def test_where_the_close_ones_fail_those_far_behind_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(Small):
+        def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+            time.sleep(self.sample * len(inputs[0]))
+            return super().__call__(inputs)
+
+    monkeypatch.setattr(dispatch, "_LONG_MS", 10.0)
+    engines = {"near": Slow(4), "far": Slow(99)}
+    engines["near"].sample, engines["far"].sample = 1e-3, 4e-3
+    times, reasons = measure(engines, manifest(16), seconds=0.05)
+    assert {size: list(row) for size, row in times.items()} == {size: ["far"] for size in (1, 4, 16)}
+    assert list(reasons) == ["near"]
+    assert choose(times)[16] == "far"
+
+
 def test_a_size_that_no_engine_takes_ends_it() -> None:
     times, reasons = measure({"one": Small(4), "other": Small(15)}, manifest(), seconds=0.02)
     assert {size: list(row) for size, row in times.items()} == {1: ["one", "other"], 4: ["one", "other"]}

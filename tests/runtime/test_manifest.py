@@ -98,7 +98,6 @@ def test_a_range_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any
         ("inputs", []),
         ("outputs", []),
         ("labels", ["a", "b"]),
-        ("labels", ["a", "b", 3]),
         ("preprocessing", {"scale": 1.0, "mean": [0.0, 1.0], "std": [1.0]}),
         ("preprocessing", {"scale": 1.0, "mean": [], "std": [1.0]}),
         ("preprocessing", {"scale": 1.0, "mean": [0.0], "std": [0.0]}),

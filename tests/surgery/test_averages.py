@@ -104,6 +104,16 @@ def test_an_average_of_a_quantised_network_keeps_its_ranges(kind: dict[str, Any]
         assert torch.equal(tensor, again.state_dict()[name]), name
 
 
+def test_after_calibration_the_average_is_what_was_quantised() -> None:
+    average: Any = ema()
+    qat = QuantizationAwareTraining(start=1, improve=["equalize", "bias"], num_batches=2, attribute="net")
+    module = fit(qat, average, epochs=2)  # which stands before the average, and works after it
+    assert isinstance(module.net, Captured)
+    twin = average._average_model.module.net
+    for name, tensor in module.net.state_dict().items():
+        assert torch.equal(tensor, twin.state_dict()[name]), name
+
+
 class OwnAverage(Foreign):
     """A user's own average of the network alone, as a part of the module."""
 
