@@ -30,8 +30,6 @@ from compress.runtime.manifest import (
     Manifest,
     Target,
     TensorSpec,
-    check_labels,
-    check_scaling,
     check_text,
     preprocesses_text,
     read_manifest,
@@ -39,6 +37,7 @@ from compress.runtime.manifest import (
 )
 from compress.runtime.text import make_encoder
 from compress.runtime.trust import sign
+from compress.runtime.values import check_labels, check_scaling
 from compress.surgery.lengths import lengths_of
 
 __all__ = ["export_artifact"]
@@ -92,7 +91,7 @@ def export_artifact(
     inputs = input_specs(program)
     check_inputs(inputs, held_out)
     _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
-    _check_labels((metadata or {}).get("labels"), TensorSpec("output", "float32", output_shape(program)))
+    _check_labels((metadata or {}).get("labels"), output_shape(program))
     wanted = reference_outputs(reference, held_out)
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))
@@ -128,9 +127,9 @@ def export_artifact(
     return read_manifest(directory)
 
 
-def _check_labels(labels: Sequence[str] | None, output: TensorSpec) -> None:
+def _check_labels(labels: Sequence[str] | None, shape: Sequence[int | None]) -> None:
     try:
-        check_labels(labels, output)
+        check_labels(labels, shape)
     except ValueError as error:
         raise ExportError(f"labels: expected a name for each class, got {error}. Name all, or none.") from error
 
@@ -146,7 +145,7 @@ def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec],
             check_text(steps, inputs, files)
             make_encoder(files[steps["tokenizer"]], steps)([""])
         else:
-            check_scaling(steps, inputs[0])
+            check_scaling(steps, inputs[0].shape)
     except (ArtifactError, KeyError, TypeError, ValueError) as error:
         raise ExportError(
             f"preprocessing: expected what turns {'texts' if preprocesses_text(steps) else 'stored values'} into the "

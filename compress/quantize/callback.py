@@ -203,7 +203,8 @@ class QuantizationAwareTraining(ModelEditor):
     ) -> None:
         """Quantise when it is due, and freeze late."""
         now = progress(trainer)
-        if batch_idx % trainer.accumulate_grad_batches == 0 and now >= self.start:
+        due = self.start <= now and self.start < 1  # an epoch that SWA adds for BatchNorm lies beyond the end
+        if due and batch_idx % trainer.accumulate_grad_batches == 0:
             self._quantize_once(trainer, pl_module, batch)
         if _is_quantized(pl_module):
             network = self.network(pl_module)

@@ -161,19 +161,19 @@ class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def forward(self, x: Tensor) -> Tensor:
         """Return values as they come back from integers, same shape."""
         self.observe(x.detach())
-        if self.fake_quant_enabled[0] == 0 or not self._known():
+        if self.fake_quant_enabled[0] == 0 or not self.follow():
             return x
-        self.follow()
         return self.round(x)
 
-    def follow(self) -> None:
-        """Set the scale by the range, where one is known."""
-        if not self._known():
-            return
+    def follow(self) -> bool:
+        """Set the scale by the range, where one is known, and say whether one is."""
         observer = self.activation_post_process
+        if not (observer.max_val.numel() and bool(torch.isfinite(observer.max_val).all())):
+            return False
         scale, zero = self.scale_of(observer.min_val, observer.max_val)
         for buffer, value in ((self.scale, scale.reshape(-1)), (self.zero_point, zero.reshape(-1))):
             buffer.resize_(value.shape).copy_(value)
+        return True
 
     def observe(self, x: Tensor) -> None:
         """Move the range, when ranges are being learned."""
@@ -197,10 +197,6 @@ class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
         """Return the range of each of a weight's channels, which calibration sets."""
         ranges: tuple[Tensor, Tensor] = self.activation_post_process.ranges(weight)
         return ranges
-
-    def _known(self) -> bool:
-        high = self.activation_post_process.max_val
-        return bool(high.numel()) and bool(torch.isfinite(high).all())
 
 
 class DynamicFakeQuantize(RangeFakeQuantize):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import ArtifactError
+from compress.runtime.values import check_labels, check_scaling
 
 __all__ = [
     "FORMAT_VERSION",
@@ -21,8 +22,6 @@ __all__ = [
     "TensorSpec",
     "check_file",
     "check_files",
-    "check_labels",
-    "check_scaling",
     "check_text",
     "preprocesses_text",
     "read_manifest",
@@ -269,14 +268,14 @@ def _parse(content: dict[str, Any]) -> Manifest:
     outputs = tuple(_spec(entry) for entry in content["outputs"])
     if not inputs or not outputs:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
-    check_labels(content.get("labels"), outputs[0])
+    check_labels(content.get("labels"), outputs[0].shape)
     files = content.get("files", {})
     _check_kinds(files, dict.fromkeys(files, str))
     steps = content.get("preprocessing") or {}
     if preprocesses_text(steps):
         check_text(steps, inputs, files)
     elif steps:
-        check_scaling(steps, inputs[0])
+        check_scaling(steps, inputs[0].shape)
     return Manifest(
         **{
             **content,
@@ -285,41 +284,6 @@ def _parse(content: dict[str, Any]) -> Manifest:
             "targets": {name: Target(**target) for name, target in content["targets"].items()},
         }
     )
-
-
-def check_labels(labels: Any, output: TensorSpec) -> None:
-    """Make sure that each class has a name.
-
-    Args:
-        labels: The manifest's; none for class numbers.
-        output: The first; of two dimensions, the last is that of classes.
-
-    Raises:
-        ValueError: when there are fewer names than classes.
-    """
-    classes = output.shape[-1]
-    if labels and len(output.shape) == 2 and classes is not None and len(labels) < classes:
-        raise ValueError(f"{len(labels)} labels for {classes} classes")
-
-
-def check_scaling(steps: Mapping[str, Any], spec: TensorSpec) -> None:
-    """Make sure that stored values can become an input.
-
-    Args:
-        steps: The manifest's preprocessing, ``scale``, ``mean`` and ``std``.
-        spec: Of the input.
-
-    Raises:
-        ValueError: when they cannot; ``KeyError`` and ``TypeError`` likewise.
-    """
-    _check_kinds(steps, {"mean": list, "std": list})
-    channels = spec.shape[1] if len(spec.shape) > 1 else 1
-    for key in ("mean", "std"):
-        values = np.asarray([float(value) for value in steps[key]])
-        if len(values) not in (1, channels or len(values)) or not np.isfinite(values).all():
-            raise ValueError(f"{key} {steps[key]} for {channels} channels")
-    if not all(steps["std"]) or not np.isfinite(float(steps["scale"])):
-        raise ValueError(f"std {steps['std']} and scale {steps['scale']}")
 
 
 def _check_requires(requires: Mapping[str, Any]) -> None:

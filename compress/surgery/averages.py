@@ -72,7 +72,7 @@ class Average:
         with torch.no_grad():
             for name, tensor in _tensors(network).items():
                 if name in values and values[name].data_ptr() != tensor.data_ptr():
-                    values[name].copy_(tensor)
+                    values[name].data.resize_(tensor.shape).copy_(tensor)  # of a fake quantizer, steps may be more now
 
 
 def find_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute: str) -> list[Average]:

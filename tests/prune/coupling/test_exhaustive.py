@@ -73,6 +73,7 @@ KINDS = ["conv", "wide", "residual", "depthwise", "grouped", "split", "norm", "d
     seed=st.integers(0, 1000),
 )
 @example(steps=[("conv", 2), ("split", 2), ("grouped", 2)], seed=0)
+@example(steps=[("conv", 2), ("conv", 2), ("conv", 2), ("conv", 4), ("depthwise", 2)], seed=0)
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 def test_units_are_what_exhaustive_zeroing_finds(steps: list[tuple[str, int]], seed: int) -> None:
     torch.manual_seed(seed)
@@ -131,4 +132,5 @@ def _zero(network: nn.Module, slices: dict[tuple[str, int], Tensor]) -> nn.Modul
 def _counts(network: nn.Module, x: Tensor, zeroed: dict[Any, Tensor], readers: dict[Any, Tensor]) -> bool:
     """Say whether the output depends on what the readers read."""
     with torch.no_grad():
-        return not torch.allclose(_zero(network, zeroed)(x), _zero(network, {**zeroed, **readers})(x), atol=1e-12)
+        without, with_readers = (_zero(network, slices)(x) for slices in (zeroed, {**zeroed, **readers}))
+        return not torch.allclose(without, with_readers, rtol=1e-13, atol=1e-12)  # a bias is little beside deep sums

@@ -1,0 +1,54 @@
+"""What an artefact says of values: how stored ones become inputs, and what the classes are called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_labels", "check_scaling"]
+
+Shape = Sequence[int | None]
+
+
+def check_labels(labels: Sequence[Any] | None, shape: Shape) -> None:
+    """Make sure that each class has a name.
+
+    Args:
+        labels: The manifest's; none for class numbers.
+        shape: Of the output; of two dimensions, the last is that of classes.
+
+    Raises:
+        ValueError: when there are fewer names than classes.
+
+    Example:
+        >>> check_labels(["cat", "dog"], (None, 3))
+        Traceback (most recent call last):
+        ...
+        ValueError: 2 labels for 3 classes
+    """
+    classes = shape[-1]
+    if labels and len(shape) == 2 and classes is not None and len(labels) < classes:
+        raise ValueError(f"{len(labels)} labels for {classes} classes")
+
+
+def check_scaling(steps: Mapping[str, Any], shape: Shape) -> None:
+    """Make sure that stored values can become an input by ``(raw * scale - mean) / std``.
+
+    Args:
+        steps: The manifest's preprocessing, with ``scale``, ``mean`` and ``std``.
+        shape: Of the input, (N, C, ...).
+
+    Raises:
+        ValueError: when they cannot; ``KeyError`` and ``TypeError`` likewise.
+    """
+    channels = shape[1] if len(shape) > 1 else 1
+    for key in ("mean", "std"):
+        if not isinstance(steps[key], list | tuple):
+            raise TypeError(f"{key} is of type {type(steps[key]).__name__}")
+        values = np.asarray([float(value) for value in steps[key]])
+        if len(values) not in (1, channels or len(values)) or not np.isfinite(values).all():
+            raise ValueError(f"{key} {steps[key]} for {channels} channels")
+    if not all(steps["std"]) or not np.isfinite(float(steps["scale"])):
+        raise ValueError(f"std {steps['std']} and scale {steps['scale']}")
