@@ -98,7 +98,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
     served_by = getattr(target, "CHECKED_BY", engine)
     try:
         with _or_skipped(f"{engine}: expected a network that it takes"):
-            census = with_macs(target.build(job.program, path, **options), job.work)
+            census = with_macs(target.build(job.program, path, **options), job.work, engine)
         with _or_skipped(f"{engine}: expected a file that {served_by} loads"):
             judge = make_engine(served_by, path)
         parity = check_parity(judge, job.wanted, job.inputs, job.others)

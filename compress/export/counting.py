@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from compress.export.products import Product, int8_macs
-from compress.export.targets import TARGETS, Census
+from compress.export.targets import INTEGER_ATTENTION, TARGETS, Census
 from compress.runtime.engines import missing_package
 from compress.runtime.manifest import check_file, read_manifest
 
@@ -37,20 +37,23 @@ def census(artifact: str | Path) -> dict[str, Census]:
         recorded = Census(**target.census) if target.census else None
         count = getattr(import_module(TARGETS[engine]), "census", None) if engine in TARGETS else None
         if count is not None and missing_package(engine) is None:
-            recorded = with_macs(count(path), [Product(**product) for product in manifest.products])
+            recorded = with_macs(count(path), [Product(**product) for product in manifest.products], engine)
         if recorded is not None:
             found[engine] = recorded
     return found
 
 
-def with_macs(counted: Census | None, found: Sequence[Product]) -> Census | None:
+def with_macs(counted: Census | None, found: Sequence[Product], engine: str) -> Census | None:
     """Say of counted kernels how much of the work they are certain to do in integers.
 
     Args:
         counted: The kernels, where the engine compiles.
         found: The products of the program that was lowered.
+        engine: Whose kernels.
     """
     if counted is None:
         return None
+    if engine not in INTEGER_ATTENTION:
+        found = [replace(product, quantized=product.quantized and not product.of_activations) for product in found]
     done = int8_macs(found, int8_kernels=counted.int8_kernels, float_kernels=counted.float_kernels)
     return replace(counted, int8_macs=done, macs=sum(product.macs for product in found))

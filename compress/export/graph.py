@@ -20,6 +20,7 @@ __all__ = [
     "drop_assertions",
     "drop_traces",
     "flatten_attention",
+    "flatten_strided",
     "has_narrow_weights",
     "input_specs",
     "largest_batch",
@@ -140,6 +141,31 @@ def spare_inputs(graph_module: GraphModule) -> int:
     return changed
 
 
+def flatten_strided(graph_module: GraphModule) -> int:
+    """Give quantised products whose input is not contiguous a matrix of integers, in place; return how many.
+
+    Of what is not contiguous, as ``nn.MultiheadAttention`` transposes it, Inductor makes a product of batches, and the
+    pattern by which torchao finds an int8 kernel for that fails where a size varies (torch 2.13, torchao 0.18).
+    """
+    reshape = torch.ops.aten.reshape.default
+    changed = 0
+    for node in [node for node in graph_module.graph.nodes if _is_quantized_linear(node)]:
+        source, value, made = node.args[0], node.args[0].meta["val"], node.meta["val"]
+        if value.dim() <= 2 or value.is_contiguous():
+            continue
+        with graph_module.graph.inserting_before(node):
+            flat = graph_module.graph.call_function(reshape, (source.args[0], [-1, value.shape[-1]]))
+            floats = graph_module.graph.node_copy(source)
+            sizes = [_size(node, dim) for dim in range(made.dim())]
+        floats.update_arg(0, flat)
+        node.update_arg(0, floats)
+        with graph_module.graph.inserting_after(node):
+            whole = graph_module.graph.call_function(reshape, (node, sizes))
+        node.replace_all_uses_with(whole, delete_user_cb=lambda user, whole=whole: user is not whole)
+        changed += 1
+    return changed
+
+
 def drop_assertions(program: ExportedProgram) -> None:
     """Drop what checks the device and type of tensors, in place: it fails once the program is moved."""
     for node in list(program.graph.nodes):
@@ -223,6 +249,13 @@ def _widen(graph_module: GraphModule, convolution: Node) -> bool:
         copy.update_arg(0, integers)
         convolution.update_arg(index, copy)
     return True
+
+
+def _size(product: Node, dim: int) -> Any:
+    """Return a size of what a product gives: a number, or the node of its input's."""
+    size = product.meta["val"].shape[dim]
+    source: Any = product.args[0]
+    return size if isinstance(size, int) else product.graph.call_function(torch.ops.aten.sym_size.int, (source, dim))
 
 
 def _is_input(value: Any) -> bool:

@@ -58,11 +58,13 @@ class Product:
         name: Of its node.
         macs: Multiply-accumulates for one sample, of typical sizes where these vary.
         quantized: Whether all that it multiplies comes from integers.
+        of_activations: Whether it is a product of two activations, as in attention, where it is quantised.
     """
 
     name: str
     macs: int
     quantized: bool
+    of_activations: bool = False
 
 
 def products(program: ExportedProgram) -> list[Product]:
@@ -78,7 +80,9 @@ def products(program: ExportedProgram) -> list[Product]:
         if node.op == "call_function":
             macs = _macs(node, sizes)
             if macs:
-                found.append(Product(node.name, macs, all(_from_integers(factor) for factor in _factors(node))))
+                quantized = all(_from_integers(factor) for factor in _factors(node))
+                # Quantised products with weights are linear, however they were written.
+                found.append(Product(node.name, macs, quantized, quantized and node.target in _MATRICES))
     return found
 
 

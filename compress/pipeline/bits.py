@@ -24,7 +24,7 @@ __all__ = ["measure_layers", "read_bits", "schemes_of"]
 
 _NAME = "bits"
 _LAYERS = "layers"
-_ALIKE = ("activation_bits", "number", "symmetric", "dynamic", "group_size", "linear_only")
+_ALIKE = ("activation_bits", "number", "symmetric", "dynamic", "group_size", "linear_only", "attention")
 
 
 def measure_layers(

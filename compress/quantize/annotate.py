@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["FEWEST_UNITS", "PRODUCTS", "RECURRENT", "annotate_rest", "is_product", "is_small", "layer_of", "weights_of"]
+__all__ = [
+    "FEWEST_UNITS",
+    "PRODUCTS",
+    "RECURRENT",
+    "annotate_rest",
+    "is_product",
+    "is_small",
+    "layer_of",
+    "lookups",
+    "products",
+    "weights_of",
+]
 
 _aten = torch.ops.aten
 _NOTE = "quantization_annotation"
@@ -53,6 +64,20 @@ def annotate_rest(graph_module: GraphModule, config: Any, keep: Collection[str] 
         noted = {**dict.fromkeys(activations, config.input_activation), **dict.fromkeys(weights, config.weight)}
         if noted and all(spec is not None for spec in noted.values()):
             node.meta[_NOTE] = QuantizationAnnotation(input_qspec_map=noted, _annotated=True)
+
+
+def products(graph_module: GraphModule) -> list[Node]:
+    """Return the nodes with weights that can become integers to advantage, in the order in which they compute."""
+    return [node for node in graph_module.graph.nodes if is_product(node)]
+
+
+def lookups(graph_module: GraphModule) -> list[Node]:
+    """Return the embeddings whose table is a parameter as it stands."""
+    return [
+        node
+        for node in graph_module.graph.nodes
+        if node.target is _aten.embedding.default and node.args[0].op == "get_attr"
+    ]
 
 
 def is_product(node: Node) -> bool:

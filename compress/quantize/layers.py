@@ -38,11 +38,15 @@ class Assignment:
         """Whether most products take integers, for which a compiled graph then has kernels."""
         return self.scheme.integer_products
 
-    def resolve(self, names: Sequence[str]) -> dict[str, Scheme]:
+    def resolve(
+        self, names: Sequence[str], lookups: Sequence[str] = (), attentions: Sequence[str] = ()
+    ) -> dict[str, Scheme]:
         """Return the scheme of each layer.
 
         Args:
             names: The layers with a convolution or matrix product, in the order in which they compute.
+            lookups: Embeddings, which get what the first and the last layer get.
+            attentions: Modules with products of activations, which are never the first or the last layer.
 
         Raises:
             RecipeError: when a pattern matches no layer.
@@ -54,12 +58,16 @@ class Assignment:
         chosen = dict.fromkeys(names, self.scheme)
         if self.first_last is not None and names:
             chosen[names[0]] = chosen[names[-1]] = self.first_last
+        for name in lookups:
+            chosen.setdefault(name, self.first_last or self.scheme)
+        for name in attentions:
+            chosen.setdefault(name, self.scheme)
         for pattern, scheme in self.layers.items():
-            matching = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+            matching = [name for name in chosen if fnmatch.fnmatchcase(name, pattern)]
             if not matching:
                 raise RecipeError(
-                    f"quantize.layers, quantize.keep: expected patterns of layers with a product, got "
-                    f"{pattern!r}. The layers are: {', '.join(names)}."
+                    f"quantize.layers, quantize.keep: expected patterns of layers with a product or a table, got "
+                    f"{pattern!r}. The layers are: {', '.join(chosen)}."
                 )
             chosen.update(dict.fromkeys(matching, scheme))
         return chosen

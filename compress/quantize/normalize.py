@@ -20,9 +20,12 @@ from torch.nn import functional as F
 __all__ = [
     "REWRITINGS",
     "drop_neutral",
+    "emit",
     "flatten_series",
     "normalize",
+    "parameters_alone",
     "products_as_linear",
+    "replace",
     "spell_out_padding",
     "tag",
 ]
@@ -81,10 +84,10 @@ def spell_out_padding(graph_module: GraphModule) -> None:
         with graph_module.graph.inserting_before(node):
             if any(total % 2 for total in totals):
                 sides = [side for total in reversed(totals) for side in (total // 2, total - total // 2)]
-                x, totals = _emit(node, _aten.constant_pad_nd.default, (x, sides, 0.0)), [0] * len(totals)
+                x, totals = emit(node, _aten.constant_pad_nd.default, (x, sides, 0.0)), [0] * len(totals)
             rest = (_each(given.get("stride", 1), len(sizes)), [total // 2 for total in totals], dilation)
             arguments = (x, given["weight"], given.get("bias"), *rest, given.get("groups", 1))
-            _replace(node, _emit(node, _PADDED[node.target], arguments))
+            replace(node, emit(node, _PADDED[node.target], arguments))
 
 
 def drop_neutral(graph_module: GraphModule) -> None:
@@ -95,7 +98,7 @@ def drop_neutral(graph_module: GraphModule) -> None:
             continue
         source = node.args[0]
         if source.meta["val"].dtype == node.meta["val"].dtype:
-            _replace(node, source)
+            replace(node, source)
 
 
 def products_as_linear(graph_module: GraphModule) -> None:
@@ -107,7 +110,7 @@ def products_as_linear(graph_module: GraphModule) -> None:
             with graph_module.graph.inserting_before(node):
                 made = build(node, fixed)
             if made is not None:
-                _replace(node, made)
+                replace(node, made)
 
 
 def flatten_series(graph_module: GraphModule) -> None:
@@ -118,9 +121,9 @@ def flatten_series(graph_module: GraphModule) -> None:
             made = _as_image(node, wide)
             if made is None:
                 continue
-            narrow = _emit(node, _aten.squeeze.dim, (made, 2))
+            narrow = emit(node, _aten.squeeze.dim, (made, 2))
         wide[narrow] = made
-        _replace(node, narrow)
+        replace(node, narrow)
 
 
 def fuse_volumes(graph_module: GraphModule) -> None:
@@ -139,16 +142,16 @@ def fuse_volumes(graph_module: GraphModule) -> None:
         x, weight, bias, *rest = given
         gamma, var, eps = norm.args[1], norm.args[4], norm.args[7]
         with graph_module.graph.inserting_before(norm):
-            spread = _emit(norm, _aten.sqrt.default, (_emit(norm, _aten.add.Tensor, (var, eps)),))
-            factor = _emit(norm, _aten.div.Tensor, (gamma, spread))
-            rows = _emit(norm, _aten.reshape.default, (factor, [-1, 1, 1, 1, 1]))
-            scaled = _emit(norm, _aten.mul.Tensor, (weight, rows))
-            made = _emit(convolution, _aten.conv3d.default, (x, scaled, None, *rest))
+            spread = emit(norm, _aten.sqrt.default, (emit(norm, _aten.add.Tensor, (var, eps)),))
+            factor = emit(norm, _aten.div.Tensor, (gamma, spread))
+            rows = emit(norm, _aten.reshape.default, (factor, [-1, 1, 1, 1, 1]))
+            scaled = emit(norm, _aten.mul.Tensor, (weight, rows))
+            made = emit(convolution, _aten.conv3d.default, (x, scaled, None, *rest))
             channels = [1, -1, 1, 1, 1]
-            made = _emit(norm, _aten.div.Tensor, (made, _emit(norm, _aten.reshape.default, (factor, channels))))
+            made = emit(norm, _aten.div.Tensor, (made, emit(norm, _aten.reshape.default, (factor, channels))))
             if bias is not None:
-                shaped = _emit(norm, _aten.reshape.default, (bias, channels))
-                made = _emit(norm, _aten.add.Tensor, (made, shaped))
+                shaped = emit(norm, _aten.reshape.default, (bias, channels))
+                made = emit(norm, _aten.add.Tensor, (made, shaped))
         norm.update_arg(0, made)
 
 
@@ -190,7 +193,7 @@ def _from_matmul(node: Node, fixed: set[Node]) -> Node | None:
     x, weight = node.args
     if weight not in fixed or weight.meta["val"].dim() != 2:  # type: ignore[union-attr]
         return None
-    return _emit(node, _aten.linear.default, (x, _emit(node, _aten.t.default, (weight,))))
+    return emit(node, _aten.linear.default, (x, emit(node, _aten.t.default, (weight,))))
 
 
 def _from_addmm(node: Node, fixed: set[Node]) -> Node | None:
@@ -199,7 +202,7 @@ def _from_addmm(node: Node, fixed: set[Node]) -> Node | None:
         return None
     if bias.meta["val"].shape != weight.meta["val"].shape[1:]:  # type: ignore[union-attr]
         return None
-    return _emit(node, _aten.linear.default, (x, _emit(node, _aten.t.default, (weight,)), bias))
+    return emit(node, _aten.linear.default, (x, emit(node, _aten.t.default, (weight,)), bias))
 
 
 def _from_einsum(node: Node, fixed: set[Node]) -> Node | None:
@@ -220,12 +223,12 @@ def _from_einsum(node: Node, fixed: set[Node]) -> Node | None:
         return None
     if labels[-1] != summed[0]:
         order = [*(labels.index(label) for label in rest), labels.index(summed[0])]
-        x = _emit(node, _aten.permute.default, (x, order))
+        x = emit(node, _aten.permute.default, (x, order))
     if weights[0] != free[0]:
-        weight = _emit(node, _aten.t.default, (weight,))
-    made = _emit(node, _aten.linear.default, (x, weight))
+        weight = emit(node, _aten.t.default, (weight,))
+    made = emit(node, _aten.linear.default, (x, weight))
     order = [[*rest, *free].index(label) for label in result]
-    return made if order == sorted(order) else _emit(node, _aten.permute.default, (made, order))
+    return made if order == sorted(order) else emit(node, _aten.permute.default, (made, order))
 
 
 _PRODUCTS: dict[Any, Callable[[Node, set[Node]], Node | None]] = {
@@ -243,17 +246,17 @@ def _as_image(node: Node, wide: dict[Node, Node]) -> Node | None:
         x, weight, bias, stride, padding, dilation, groups = given
         if x.meta["val"].dim() != 3:
             return None
-        x = wide[x] if x in wide else _emit(node, _aten.unsqueeze.default, (x, 2))
-        weight = _emit(node, _aten.unsqueeze.default, (weight, 2))
+        x = wide[x] if x in wide else emit(node, _aten.unsqueeze.default, (x, 2))
+        weight = emit(node, _aten.unsqueeze.default, (weight, 2))
         sizes = ([1, *_each(stride, 1)], [0, *_each(padding, 1)], [1, *_each(dilation, 1)])
-        return _emit(node, _aten.conv2d.default, (x, weight, bias, *sizes, groups))
+        return emit(node, _aten.conv2d.default, (x, weight, bias, *sizes, groups))
     if node.target not in _POINTWISE:
         return None
     num = 2 if node.target in _ADDS else 1
     sources: list[Any] = list(node.args[:num])
     if not all(source in wide for source in sources):
         return None
-    return _emit(node, node.target, (*(wide[source] for source in sources), *node.args[num:]), node.kwargs)
+    return emit(node, node.target, (*(wide[source] for source in sources), *node.args[num:]), node.kwargs)
 
 
 def _name(node: Node) -> Any:
@@ -286,7 +289,7 @@ def _each(value: Any, num: int) -> list[Any]:
     return values * num if len(values) == 1 else values
 
 
-def _emit(like: Node, target: Any, args: Sequence[Any], kwargs: Any = None) -> Node:
+def emit(like: Node, target: Any, args: Sequence[Any], kwargs: Any = None) -> Node:
     """Add a node that stands for a part of another one, and note what its value looks like."""
     node = like.graph.call_function(target, tuple(args), dict(kwargs or {}))
     node.meta = {key: value for key, value in like.meta.items() if key != "tensor_meta"}
@@ -298,6 +301,7 @@ def _emit(like: Node, target: Any, args: Sequence[Any], kwargs: Any = None) -> N
     return node
 
 
-def _replace(old: Node, new: Node) -> None:
+def replace(old: Node, new: Node) -> None:
+    """Let another node stand for one, which goes."""
     old.replace_all_uses_with(new)
     old.graph.erase_node(old)

@@ -64,7 +64,9 @@ def parametrize(network: nn.Module, assignment: Assignment) -> nn.Module:
     """
     check_schemes(assignment)
     layers = {name: module for name, module in network.named_modules() if _axis(module) is not None}
-    chosen = {name: scheme for name, scheme in assignment.resolve(list(layers)).items() if _fits(layers[name], scheme)}
+    tables = [name for name, module in network.named_modules() if isinstance(module, nn.Embedding)]  # stay in floats
+    schemes = assignment.resolve(list(layers), tables)
+    chosen = {name: schemes[name] for name, module in layers.items() if _fits(module, schemes[name])}
     if not chosen:
         raise CaptureError(
             f"quantize: expected convolutions or linear layers that scheme {assignment.scheme.name!r} can quantise, "

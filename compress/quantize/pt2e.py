@@ -12,14 +12,16 @@ from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
+from compress.quantize.attention import spell_out_attention
 from compress.quantize.calibrate import calibrate
+from compress.quantize.embeddings import round_embeddings, store_embeddings
 from compress.quantize.factors import divide_weights, factors_without_zeros
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
 from compress.quantize.parametrize import make_permanent, parametrize
-from compress.quantize.quantizer import make_quantizer, without_dynamic_notes
+from compress.quantize.quantizer import make_quantizer, resolve_layers, without_dynamic_notes
 from compress.quantize.schemes import Scheme
 from compress.quantize.specs import guard_ranges
 from compress.surgery import Captured, Edit, capture
@@ -79,7 +81,10 @@ def prepare(
         raise CaptureError(f"{error} {WAY_OUT}") from error
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     normalize(captured.graph_module)
-    quantizer = make_quantizer(scheme, captured.graph_module)
+    schemes = resolve_layers(scheme, captured.graph_module)
+    spell_out_attention(captured.graph_module, schemes)
+    round_embeddings(captured.graph_module, schemes)
+    quantizer = make_quantizer(scheme.scheme, schemes, captured.graph_module)
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)
     try:
@@ -135,6 +140,7 @@ def convert(prepared: Captured) -> Captured:
     converted = convert_pt2e(twin.graph_module)
     show_norms(converted)
     write_clips(converted)
+    store_embeddings(converted)
     drop_unused(converted)
     return Captured(converted).eval()
 

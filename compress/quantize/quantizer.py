@@ -9,34 +9,51 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from compress.quantize.annotate import RECURRENT, annotate_rest, is_product, layer_of, weights_of
+from compress.quantize.annotate import RECURRENT, annotate_rest, layer_of, lookups, products, weights_of
+from compress.quantize.attention import SPELT_OUT, activation_products
 from compress.quantize.layers import Assignment
 from compress.quantize.schemes import FLOAT, Scheme
 from compress.quantize.specs import activation_spec, weight_spec, x86_config
 
-__all__ = ["make_quantizer", "without_dynamic_notes"]
+__all__ = ["make_quantizer", "resolve_layers", "without_dynamic_notes"]
 
 _LINEAR = torch.ops.aten.linear.default
 _NOTE = "quantization_annotation"
 
 
-def make_quantizer(assignment: Assignment, graph_module: GraphModule) -> Any:
-    """Return a PT2E quantizer that carries out an assignment on a graph.
-
-    With integers on both sides of products, what runs in integers around them is what x86 can fuse; otherwise products
-    alone are annotated.
+def resolve_layers(assignment: Assignment, graph_module: GraphModule) -> dict[str, Scheme]:
+    """Return the scheme of each module that has weights to quantise, or products of activations that shall be.
 
     Raises:
         RecipeError: when a pattern matches no layer that could be quantised.
     """
-    schemes = assignment.resolve(list(dict.fromkeys(map(layer_of, _products(graph_module)))))
-    static = assignment.scheme.integer_products and not assignment.scheme.dynamic
-    return _fusing(assignment.scheme, schemes) if static else _products_alone(schemes)
+    rounds_both = _is_static(assignment.scheme) and any(scheme.attention for scheme in assignment.schemes)
+    return assignment.resolve(
+        list(map(layer_of, products(graph_module))),
+        list(map(layer_of, lookups(graph_module))),
+        list(map(layer_of, activation_products(graph_module))) if rounds_both else [],
+    )
+
+
+def make_quantizer(main: Scheme, schemes: Mapping[str, Scheme], graph_module: GraphModule) -> Any:
+    """Return a PT2E quantizer that carries schemes out on a graph.
+
+    With integers on both sides of products, what runs in integers around them is what x86 can fuse; otherwise products
+    alone are annotated.
+
+    Args:
+        main: Of most layers.
+        schemes: From ``resolve_layers``.
+        graph_module: Normalised.
+    """
+    names = dict.fromkeys(map(layer_of, products(graph_module)))
+    of_products = {name: schemes[name] for name in names}
+    return _fusing(main, of_products, schemes) if _is_static(main) else _products_alone(of_products)
 
 
 def without_dynamic_notes(graph_module: GraphModule) -> None:
     """Drop the notes on dynamic inputs, which PT2E looks for in the graph that a copy was made of, and in vain."""
-    for node in _products(graph_module):
+    for node in products(graph_module):
         note = node.meta.get(_NOTE)
         if note is not None:
             specs = {
@@ -45,7 +62,11 @@ def without_dynamic_notes(graph_module: GraphModule) -> None:
             node.meta[_NOTE] = replace(note, input_qspec_map=specs)
 
 
-def _fusing(main: Scheme, schemes: Mapping[str, Scheme]) -> Any:
+def _is_static(scheme: Scheme) -> bool:
+    return scheme.integer_products and not scheme.dynamic
+
+
+def _fusing(main: Scheme, schemes: Mapping[str, Scheme], all_schemes: Mapping[str, Scheme]) -> Any:
     from torchao.quantization.pt2e.quantizer.x86_inductor_quantizer import X86InductorQuantizer
 
     base = x86_config(main.symmetric)
@@ -62,9 +83,11 @@ def _fusing(main: Scheme, schemes: Mapping[str, Scheme]) -> Any:
             if any(map(_is_integral, getattr(node.meta.get(_NOTE), "input_qspec_map", None) or ())):
                 del node.meta[_NOTE]
         annotate_rest(graph_module, base, [name for name, scheme in schemes.items() if scheme.weight_bits is None])
-        for node in _products(graph_module):
+        for node in products(graph_module):
             if _NOTE in node.meta:
                 _note(node, node.meta[_NOTE], schemes)
+        for node in activation_products(graph_module):
+            _note_both(node, all_schemes.get(layer_of(node), FLOAT))
         if mixed:
             _drop_outputs(graph_module)
         return graph_module
@@ -78,7 +101,7 @@ def _products_alone(schemes: Mapping[str, Scheme]) -> Any:
 
     class ProductQuantizer(Quantizer):  # type: ignore[misc]
         def annotate(self, graph_module: GraphModule) -> GraphModule:
-            for node in _products(graph_module):
+            for node in products(graph_module):
                 _note(node, QuantizationAnnotation(_annotated=True), schemes)
             return graph_module
 
@@ -86,10 +109,6 @@ def _products_alone(schemes: Mapping[str, Scheme]) -> Any:
             pass  # what PT2E asks of a quantizer; there is nothing that the annotations could get wrong
 
     return ProductQuantizer()
-
-
-def _products(graph_module: GraphModule) -> list[Node]:
-    return [node for node in graph_module.graph.nodes if is_product(node)]
 
 
 def _note(node: Node, note: Any, schemes: Mapping[str, Scheme]) -> None:
@@ -103,6 +122,15 @@ def _note(node: Node, note: Any, schemes: Mapping[str, Scheme]) -> None:
     node.meta[_NOTE] = note
     if scheme.weight_bits is None:
         del node.meta[_NOTE]
+
+
+def _note_both(node: Node, scheme: Scheme) -> None:
+    """Note on a product of activations that both are to be rounded; a fused one has none but its inputs to show."""
+    from torchao.quantization.pt2e.quantizer import QuantizationAnnotation
+
+    if scheme.attention and node.target in SPELT_OUT:
+        factors = dict.fromkeys(node.args[:2], activation_spec(scheme))
+        node.meta[_NOTE] = QuantizationAnnotation(input_qspec_map=factors, _annotated=True)
 
 
 def _drop_outputs(graph_module: GraphModule) -> None:

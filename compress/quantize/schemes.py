@@ -32,6 +32,7 @@ class Scheme:
         group_size: How many inputs of an output channel share a scale, in linear layers; ``None`` for all. A layer
             whose inputs this does not divide has one scale for all of them.
         linear_only: Whether convolutions stay in floating point.
+        attention: Whether attention's two products, of activations alone, take integers, too.
         first_last: Scheme of the first and the last layer, unless a recipe says otherwise; ``None`` for this one.
         engines: Those that can run it; ``None`` for every one.
 
@@ -48,6 +49,7 @@ class Scheme:
     dynamic: bool = False
     group_size: int | None = None
     linear_only: bool = False
+    attention: bool = False
     first_last: str | None = None
     engines: tuple[str, ...] | None = None
 
@@ -82,6 +84,8 @@ def _mistakes(scheme: Scheme) -> Iterator[str]:
         yield f"dynamic: expected 8-bit integers as activations, got {activations} bits. Leave dynamic out."
     if scheme.dynamic and not scheme.linear_only:
         yield "linear_only: expected true for a dynamic scheme, got false. No engine has convolutions of that kind."
+    if scheme.attention and (scheme.dynamic or not scheme.integer_products):
+        yield "attention: expected it with 2 to 8 bits of activations by calibration, got others. Leave it out."
     if scheme.group_size is not None and (scheme.group_size < 2 or scheme.number != "int"):
         yield f"group_size: expected at least 2, of integers, got {scheme.group_size}. Use 32, 64 or 128."
 
@@ -119,6 +123,12 @@ for _scheme in (
         weight_bits=7,
     ),
     Scheme("int8_portable", "int8 with activations symmetric around zero, which every engine takes", symmetric=True),
+    Scheme(
+        "int8_attention",
+        "int8_portable, and attention's two products in integers, too, where the engine can",
+        symmetric=True,
+        attention=True,
+    ),
     Scheme(
         "int8_dynamic",
         "linear layers: int8 weights, activations by the range of each batch; needs no calibration",

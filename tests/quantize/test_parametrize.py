@@ -302,7 +302,7 @@ def test_patterns_name_layers() -> None:
     network = parametrize(Branching(), make_assignment("int8", layers={"conv*": "w4a8"}, keep=["fc"]))
     limits = {name: layer.weight_fake_quant.quant_max for name, layer in rounded_layers(network).items()}
     assert limits == {"stem": 127, "conv1": 7, "conv2": 7}
-    with pytest.raises(RecipeError, match=r"expected patterns of layers with a product, got 'head'"):
+    with pytest.raises(RecipeError, match=r"expected patterns of layers with a product or a table, got 'head'"):
         parametrize(Branching(), make_assignment("int8", keep=["head"]))
 
 

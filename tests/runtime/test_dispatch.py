@@ -80,7 +80,7 @@ def test_each_engine_wins_where_it_is_faster() -> None:
 
 
 def test_batches_that_would_take_too_long_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_LONGEST_MS", 45.0)
+    monkeypatch.setattr(dispatch, "_LONGEST_MS", 70.0)  # of 16, that would take 80
     engine = Sleeping(0.0, 5e-3)
     assert tuple(measure({"a": engine}, manifest(), seconds=0.02)[0]) == (1, 4)
     assert engine.sizes == {1, 4}

@@ -35,6 +35,9 @@ TARGETS = {
 WITH_LENGTHS = frozenset({"eager", "aoti", "onnxruntime", "openvino"})
 """Targets that take sizes beyond the batch that vary."""
 
+INTEGER_ATTENTION = frozenset({"onnxruntime", "tensorrt"})
+"""Targets that are certain to multiply activations by activations in integers. OpenVINO does not say what it does."""
+
 
 @dataclass(frozen=True)
 class Census:

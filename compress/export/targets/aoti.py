@@ -23,7 +23,13 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from compress.export.archive import repack
-from compress.export.graph import has_narrow_weights, rewritten, spare_inputs, widen_single_channels
+from compress.export.graph import (
+    flatten_strided,
+    has_narrow_weights,
+    rewritten,
+    spare_inputs,
+    widen_single_channels,
+)
 from compress.export.targets import Census, ExportSkippedError
 from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
@@ -121,7 +127,7 @@ def requires() -> dict[str, Any]:
 
 
 def _for_inductor(graph_module: GraphModule) -> int:
-    return widen_single_channels(graph_module) + spare_inputs(graph_module)
+    return widen_single_channels(graph_module) + spare_inputs(graph_module) + flatten_strided(graph_module)
 
 
 def _settings() -> dict[str, Any]:

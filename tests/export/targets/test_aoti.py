@@ -127,6 +127,21 @@ def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeyp
     torch.testing.assert_close(found, converted(inputs), rtol=1e-4, atol=1e-4)
 
 
+def test_products_of_transposed_values_are_integers_whatever_the_batch(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 6, 16)
+    encoder = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()  # its attention puts the batch second
+    prepared = prepare(encoder, [inputs[:2]], "int8_reduced")
+    calibrate(prepared, [(inputs,)])
+    program = export_program(convert(prepared.eval()), [inputs[:2]])
+    found = aoti.build(program, tmp_path / aoti.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (4, 1)  # attention's own products are one kernel in floats
+    engine = make_engine("aoti", tmp_path / aoti.FILE)
+    for num in (1, 8):
+        with torch.no_grad():
+            torch.testing.assert_close(engine([inputs[:num]])[0], prepared(inputs[:num]), atol=0.03, rtol=0)
+
+
 def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor import cpp_builder
     from torch._inductor.exc import InvalidCxxCompiler
