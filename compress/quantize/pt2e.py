@@ -14,6 +14,7 @@ from compress.errors import CaptureError
 from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.calibrate import calibrate
 from compress.quantize.factors import divide_weights, factors_without_zeros
+from compress.quantize.finite import check_numbers, check_ranges
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
@@ -120,11 +121,16 @@ def convert(prepared: Captured) -> Captured:
 
     Returns:
         A network in eval mode whose weights are int8 and whose BatchNorms are folded away.
+
+    Raises:
+        EditError: when a parameter, a statistic or a range is not finite.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     from compress.quantize.fake import write_clips
 
+    check_numbers(prepared)
+    check_ranges(prepared.graph_module)
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     _as_trained(twin.graph_module)
