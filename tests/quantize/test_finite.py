@@ -1,4 +1,7 @@
-"""Batches and weights that are not finite: the former move no range, the latter become no integers."""
+"""Batches and weights that are not finite: the former move no range, the latter become no integers.
+
+With float16, a scaler leaves out steps whose gradients overflow.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchao.quantization.pt2e import MovingAverageMinMaxObserver
@@ -21,7 +25,8 @@ from compress.quantize.layers import make_assignment
 from compress.quantize.lsq import learn_steps
 from compress.quantize.moving import MovingFakeQuantize
 from compress.quantize.parametrize import make_permanent, parametrize
-from tests.networks import Residual, images, trainer
+from compress.surgery import history_of
+from tests.networks import Residual, images, loader, trainer
 from tests.surgery.modules import Foreign
 
 SCHEMES = ["int8", "int8_portable", "w4a8", "w4a4", "int16x8", "fp8"]
@@ -165,6 +170,41 @@ def test_a_fit_goes_on_after_a_batch_of_nan(scheme: str, fallback: str | None) -
     assert left_out.num == 1
     for name, value in ranges(module.net).items():
         assert value.isfinite().all(), name
+    held_out = images(64, seed=1)[0]
+    with torch.no_grad():
+        fake, integers = module.net.eval()(held_out), qat.converted(held_out)
+    assert float((fake - integers).norm() / fake.norm()) < 0.02
+
+
+class Overflows(Callback):
+    """Counts the steps that the scaler has left out, and those of them after the network was quantised."""
+
+    def __init__(self) -> None:
+        self.left_out: list[bool] = []
+        self._before: list[Tensor] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self._before = [p.detach().clone() for p in pl_module.parameters()]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        stuck = all(torch.equal(p, before) for p, before in zip(pl_module.parameters(), self._before))
+        if history_of(pl_module).count("quantize"):
+            self.left_out.append(stuck)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4a8"])
+def test_a_fit_in_float16_whose_scaler_leaves_steps_out(scheme: str) -> None:
+    pl.seed_everything(0, verbose=False)
+    module, overflows = Foreign(Residual()), Overflows()
+    qat = QuantizationAwareTraining(scheme, start=0.4, freeze_batchnorm=0.9, attribute="net")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_factor=8.0, growth_interval=2)
+    run = trainer(max_epochs=6, callbacks=[qat, overflows], plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    run.fit(module, loader())
+    assert len(overflows.left_out) == 14
+    assert 2 <= sum(overflows.left_out) <= 10
+    for name, value in module.net.state_dict().items():
+        assert value.isfinite().all(), name
+    assert {p.dtype for p in module.parameters()} == {torch.float32}
     held_out = images(64, seed=1)[0]
     with torch.no_grad():
         fake, integers = module.net.eval()(held_out), qat.converted(held_out)
