@@ -170,13 +170,16 @@ def example_tensors(edit: Edit) -> list[Tensor]:
     return [torch.zeros(given["shape"], dtype=getattr(torch, given["dtype"])) for given in edit.data["inputs"]]
 
 
-def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = ()) -> nn.Module:
+def replay_quantize(
+    network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = (), prepared: Captured | None = None
+) -> nn.Module:
     """Carry out an edit of kind ``"quantize"``.
 
     Args:
         network: Left untouched where the edit does not fit.
         edit: What to repeat.
         batches: Inputs to start learned steps from; none where they are about to be loaded.
+        prepared: What ``prepare`` has made of the network by the edit, where it has been asked already.
 
     Raises:
         EditError: when this is not the network that was quantised; it is then untouched.
@@ -187,7 +190,7 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
         return parametrize(network, read_assignment(edit.data))
     device = next(network.parameters()).device
     inputs = [tensor.to(device) for tensor in example_tensors(edit)]
-    prepared = prepare(network, inputs, read_assignment(edit.data)).to(device)
+    prepared = (prepared or prepare(network, inputs, read_assignment(edit.data))).to(device)
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):
