@@ -127,6 +127,7 @@ class QuantizationAwareTraining(ModelEditor):
         self.num_batches = num_batches
         self.learn_steps = learn_steps
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
+        self._tried: tuple[nn.Module, Captured] | None = None
         self.improve = in_order(improve)
         self._trained: tuple[nn.Module, Edit] | None = None
         self._grouped: tuple[nn.Module, list[list[Any]]] | None = None
@@ -158,7 +159,7 @@ class QuantizationAwareTraining(ModelEditor):
             RecipeError: when a pattern matches no layer, or an improvement finds nothing to work on.
         """
         rehearse_improvements(copy.deepcopy(network), inputs, self.improve)
-        prepared = replay_quantize(network, self._plan(network, inputs))
+        prepared = replay_quantize(network, self._plan(network, inputs), prepared=self._take_tried(network))
         if self.progressive is not None:
             quantizers(prepared, self.progressive.order)
         return prepared
@@ -166,7 +167,7 @@ class QuantizationAwareTraining(ModelEditor):
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
         """Capture and prepare the network; learned steps start from the batch at hand, on every rank from rank 0's."""
         if self._first is None:
-            return replay_quantize(network, edit)
+            return replay_quantize(network, edit, prepared=self._take_tried(network))
         trainer, inputs = self._first
         prepared = replay_quantize(network, edit, batches=[inputs])
         _share_ranges(trainer, prepared)
@@ -252,7 +253,7 @@ class QuantizationAwareTraining(ModelEditor):
             inputs = example_inputs(pl_module, batch)
             self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs))
         finally:
-            self._first = None
+            self._first = self._tried = None
 
     def _plan(self, network: nn.Module, inputs: Sequence[Tensor]) -> Edit:
         data = {
@@ -263,12 +264,19 @@ class QuantizationAwareTraining(ModelEditor):
         }
         if self.fallback is not None:
             try:
-                prepare(network, inputs, self.assignment)
+                self._tried = network, prepare(network, inputs, self.assignment)
             except CaptureError as error:
                 reason = str(error).removesuffix(WAY_OUT)
                 rank_zero_warn(f"quantize.fallback: layers are rounded one by one, without a graph. {reason}")
                 data["fallback"] = self.fallback
         return Edit(self.kind, data)
+
+    def _take_tried(self, network: nn.Module) -> Captured | None:
+        """Return what the trial for a fallback has made of a network, where it went well."""
+        if self._tried is None or self._tried[0] is not network:
+            return None
+        (_, prepared), self._tried = self._tried, None
+        return prepared
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""

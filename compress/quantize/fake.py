@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torchao.quantization.pt2e import FakeQuantize, FusedMovingAvgObsFakeQuantize, PerChannelMinMaxObserver
+from torchao.quantization.pt2e import FakeQuantize, PerChannelMinMaxObserver
 
-from compress.quantize.rounding import round_to_steps
+from compress.quantize.finite import keep_finite, known
+from compress.quantize.rounding import round_rows, round_to_steps
 
 __all__ = [
     "DynamicFakeQuantize",
     "Float8FakeQuantize",
     "GroupFakeQuantize",
     "LeastSquaresObserver",
-    "MovingFakeQuantize",
     "RangeFakeQuantize",
     "best_scale",
     "constant_of",
@@ -31,8 +31,6 @@ __all__ = [
 
 _NUM_ITERATIONS = 30
 _LARGEST_FLOAT8 = 448.0
-_LEAST_STEP = 6.2e-5  # PyTorch's fused kernel makes none below 6.1e-5 on a CPU
-_LEAST_OF_LARGEST = 2.0**-12
 
 
 def scale_of(low: Tensor, high: Tensor, quant_min: int, quant_max: int, *, symmetric: bool) -> tuple[Tensor, Tensor]:
@@ -89,44 +87,6 @@ def best_scale(rows: Tensor, quant_min: int, quant_max: int, *, start: Tensor | 
     return scale
 
 
-class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
-    """PT2E's fake quantization over a range that moves with the values, quicker on a CPU and by steps of any size.
-
-    PyTorch's fused kernel finds the range and the steps. On a CPU it makes no steps below 6.1e-5, of which small
-    weights would get a few; then they are found here. A row of weights far below the others of its layer keeps wider
-    steps, since engines count biases in them, in 32 bits.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return values as they come back from integers, same shape."""
-        if x.device.type != "cpu" or not x.numel():
-            return super().forward(x)  # type: ignore[no-any-return]
-        if self.is_per_channel or torch.compiler.is_compiling() or not self.fake_quant_enabled:
-            rounded: Tensor = super().forward(x)
-            return self._round(x) if self._narrow() else rounded
-        seen = x.detach()
-        super().forward(torch.stack(torch.aminmax(seen)) if self.observer_enabled else seen.new_zeros(1))
-        self._narrow()
-        return self._round(x)
-
-    def _narrow(self) -> bool:
-        """Make steps as small as the range asks, where the kernel has made larger ones; say whether it had."""
-        if not self.fake_quant_enabled or not (self.scale < _LEAST_STEP).any():
-            return False
-        low, high = self.activation_post_process.min_val, self.activation_post_process.max_val
-        symmetric = self.is_symmetric_quant
-        scale, zero_point = scale_of(low, high, self.quant_min, self.quant_max, symmetric=symmetric)
-        self.scale.copy_(scale.clamp(min=min(_LEAST_STEP, float(scale.amax()) * _LEAST_OF_LARGEST)))
-        self.zero_point.copy_(zero_point)
-        return True
-
-    def _round(self, x: Tensor) -> Tensor:
-        limits = self.quant_min, self.quant_max
-        if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(x, self.scale, self.zero_point, self.ch_axis, *limits)
-        return round_to_steps(x, self.scale, self.zero_point, *limits)
-
-
 class LeastSquaresObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
     """Follows weights with the ranges that cost them least in squared error; one step for each call is enough."""
 
@@ -154,6 +114,8 @@ class LeastSquaresObserver(PerChannelMinMaxObserver):  # type: ignore[misc]
 class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
     """Rounds to the integers of its observer's range, gradients passing straight through inside it.
 
+    Values that are not finite move no range.
+
     Converted, integers of few bits lie in an int8 or uint8 tensor; engines clip at the ends of that type, so the clip
     at the ends of the range becomes an operator of its own (``write_clips``).
     """
@@ -178,7 +140,10 @@ class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def observe(self, x: Tensor) -> None:
         """Move the range, when ranges are being learned."""
         if self.observer_enabled[0] == 1:
-            self.activation_post_process(x)
+            observer = self.activation_post_process
+            before = known(observer)
+            observer(x)
+            keep_finite((observer.min_val, observer.max_val), before)
 
     def scale_of(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scale and the zero point for a range."""
@@ -188,9 +153,7 @@ class RangeFakeQuantize(FakeQuantize):  # type: ignore[misc]
     def round(self, x: Tensor) -> Tensor:
         """Return values as they come back with the scale that has been found."""
         if self.is_per_channel:
-            return torch.fake_quantize_per_channel_affine(
-                x, self.scale, self.zero_point, self.ch_axis, self.quant_min, self.quant_max
-            )
+            return round_rows(x, self.scale, self.zero_point, self.quant_min, self.quant_max, axis=self.ch_axis)
         return round_to_steps(x, self.scale, self.zero_point, self.quant_min, self.quant_max)
 
     def ranges(self, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from compress.errors import RecipeError
-from compress.quantize.rounding import round_to_steps
+from compress.quantize.rounding import round_rows, round_to_steps
 from compress.surgery import Captured
 
 __all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps"]
@@ -67,7 +67,7 @@ class _Rounded(torch.autograd.Function):
         if axis is None:
             y = round_to_steps(x, scale, zero, low, high)
         else:
-            y = torch.fake_quantize_per_channel_affine(x, scale, zero, axis, low, high)
+            y = round_rows(x, scale, zero, low, high, axis=axis)
         ctx.save_for_backward(x, y, scale, zero)
         ctx.limits = low, high, axis, factor
         return y

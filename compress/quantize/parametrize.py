@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from compress.errors import CaptureError, RecipeError
+from compress.quantize.finite import check_numbers
 from compress.quantize.fold import drop_unused, fold_into_scales
 from compress.quantize.layers import Assignment
 from compress.quantize.schemes import Scheme
@@ -118,7 +119,11 @@ def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     Returns:
         In evaluation: a graph with BatchNorms folded into the scales in front of them; the network itself, its weights
         int8, where it cannot be captured.
+
+    Raises:
+        EditError: when a parameter or a statistic is not finite.
     """
+    check_numbers(network)
     twin = copy.deepcopy(network).cpu().eval()
     for layer in rounded_layers(twin).values():
         _store(layer)

@@ -16,6 +16,7 @@ from compress.quantize.attention import spell_out_attention
 from compress.quantize.calibrate import calibrate
 from compress.quantize.embeddings import round_embeddings, store_embeddings
 from compress.quantize.factors import divide_weights, factors_without_zeros
+from compress.quantize.finite import check_numbers, check_ranges
 from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
@@ -125,11 +126,16 @@ def convert(prepared: Captured) -> Captured:
 
     Returns:
         A network in eval mode whose weights are int8 and whose BatchNorms are folded away.
+
+    Raises:
+        EditError: when a parameter, a statistic or a range is not finite.
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     from compress.quantize.fake import write_clips
 
+    check_numbers(prepared)
+    check_ranges(prepared.graph_module)
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     _as_trained(twin.graph_module)
@@ -170,13 +176,16 @@ def example_tensors(edit: Edit) -> list[Tensor]:
     return [torch.zeros(given["shape"], dtype=getattr(torch, given["dtype"])) for given in edit.data["inputs"]]
 
 
-def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = ()) -> nn.Module:
+def replay_quantize(
+    network: nn.Module, edit: Edit, *, batches: Sequence[Sequence[Tensor]] = (), prepared: Captured | None = None
+) -> nn.Module:
     """Carry out an edit of kind ``"quantize"``.
 
     Args:
         network: Left untouched where the edit does not fit.
         edit: What to repeat.
         batches: Inputs to start learned steps from; none where they are about to be loaded.
+        prepared: What ``prepare`` has made of the network by the edit, where it has been asked already.
 
     Raises:
         EditError: when this is not the network that was quantised; it is then untouched.
@@ -187,7 +196,7 @@ def replay_quantize(network: nn.Module, edit: Edit, *, batches: Sequence[Sequenc
         return parametrize(network, read_assignment(edit.data))
     device = next(network.parameters()).device
     inputs = [tensor.to(device) for tensor in example_tensors(edit)]
-    prepared = prepare(network, inputs, read_assignment(edit.data)).to(device)
+    prepared = (prepared or prepare(network, inputs, read_assignment(edit.data))).to(device)
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):

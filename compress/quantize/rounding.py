@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["round_to_steps"]
+__all__ = ["round_rows", "round_to_steps"]
 
 _AFTER_POINT = 1.5 * 2**23  # float32 of this size have no digits after the point, so that adding it rounds half to even
 
@@ -28,7 +28,7 @@ def round_to_steps(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int,
         quant_max: The largest.
 
     Returns:
-        Shape as ``x``; the very numbers of ``torch.fake_quantize_per_tensor_affine``.
+        Shape as ``x``; the very numbers of ``torch.fake_quantize_per_tensor_affine``, except that NaN is NaN.
 
     Example:
         >>> x = torch.tensor([-1.0, 0.25, 0.75, 9.0], requires_grad=True)
@@ -37,10 +37,38 @@ def round_to_steps(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int,
         ([-0.5, 0.0, 1.0, 3.0], [0.0, 1.0, 1.0, 0.0])
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return torch.fake_quantize_per_tensor_affine(x, scale, zero_point, quant_min, quant_max)
+        return torch.fake_quantize_per_tensor_affine(x, _seen_through(x, scale), zero_point, quant_min, quant_max)
     step, inverse, zero = float(scale), float(1 / scale), int(zero_point)
     rounded: Tensor = _Rounded.apply(x, step, inverse, quant_min - zero, quant_max - zero)
     return rounded
+
+
+def round_rows(x: Tensor, scale: Tensor, zero_point: Tensor, quant_min: int, quant_max: int, *, axis: int) -> Tensor:
+    """Return weights as they come back from integers, with a step for each channel.
+
+    Args:
+        x: Any shape.
+        scale: The size of each channel's steps, shape (C,).
+        zero_point: The integer for zero, shape (C,), int32.
+        quant_min: The least integer.
+        quant_max: The largest.
+        axis: Dimension of the channels.
+
+    Returns:
+        Shape as ``x``; all NaN where one value is.
+
+    Example:
+        >>> x, zero = torch.tensor([[0.3, 9.0], [0.3, -9.0]]), torch.tensor([0, 0], dtype=torch.int32)
+        >>> round_rows(x, torch.tensor([0.5, 1.0]), zero, -4, 3, axis=0)
+        tensor([[ 0.5000,  1.5000],
+                [ 0.0000, -4.0000]])
+    """
+    return torch.fake_quantize_per_channel_affine(x, _seen_through(x, scale), zero_point, axis, quant_min, quant_max)
+
+
+def _seen_through(x: Tensor, scale: Tensor) -> Tensor:
+    """Return NaN for a scale where a value is NaN: PyTorch's kernels make integers of it, and nobody would see it."""
+    return torch.where(x.detach().sum().isnan(), torch.nan, scale)
 
 
 class _Rounded(torch.autograd.Function):

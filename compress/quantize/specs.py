@@ -106,7 +106,7 @@ def guard_ranges(module: Any) -> None:
 
 def _following(spec: Any, observer: Any) -> Any:
     """As PT2E has it, by a fake quantizer of ours."""
-    from compress.quantize.fake import MovingFakeQuantize
+    from compress.quantize.moving import MovingFakeQuantize
 
     return replace(spec, observer_or_fake_quant_ctr=MovingFakeQuantize.with_args(observer=observer))
 
@@ -133,9 +133,9 @@ def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
     """Keep a symmetric range symmetric: of values that are never negative, the kernel would make an affine one."""
     low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
     if torch.isinf(high).any():  # nothing seen yet
-        high.copy_(inputs[0].detach().amax())
-        low.copy_(inputs[0].detach().amin())
-    low.copy_(torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny)))
+        _start(low, high, *torch.aminmax(inputs[0].detach()))
+    widened = torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny))
+    low.copy_(torch.where(torch.isinf(high), low, widened))
 
 
 def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -143,9 +143,18 @@ def _rows_around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
     low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
     if not low.numel() or torch.isinf(high).any():
         rows = inputs[0].detach().movedim(module.ch_axis, 0).flatten(1)
-        low.resize_(len(rows)).copy_(rows.amin(1))
-        high.resize_(len(rows)).copy_(rows.amax(1))
-        module.scale.resize_(len(rows)).fill_(1.0)  # the kernel would, where it finds no range
-        module.zero_point.resize_(len(rows)).zero_()
+        if not low.numel():
+            low.resize_(len(rows)).fill_(torch.inf)
+            high.resize_(len(rows)).fill_(-torch.inf)
+            module.scale.resize_(len(rows)).fill_(1.0)  # the kernel would, where it finds no range
+            module.zero_point.resize_(len(rows)).zero_()
+        _start(low, high, rows.amin(1), rows.amax(1))
     for buffer, value in zip((low, high), around_zero(low, high)):
         buffer.copy_(value)
+
+
+def _start(low: Tensor, high: Tensor, least: Tensor, most: Tensor) -> None:
+    """Let ranges that have seen nothing begin with the extremes of a batch, in place, where these are finite."""
+    new = torch.isinf(high) & torch.isfinite(least) & torch.isfinite(most)
+    low.copy_(torch.where(new, least, low))
+    high.copy_(torch.where(new, most, high))

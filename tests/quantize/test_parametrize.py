@@ -24,10 +24,12 @@ from compress.export import Gates, export_artifact
 from compress.quantize import (
     QuantizationAwareTraining,
     calibrate,
+    callback,
     make_assignment,
     make_permanent,
     parametrize,
     prepare,
+    pt2e,
     rounded_layers,
 )
 from compress.quantize.parametrize import freeze
@@ -81,6 +83,29 @@ class Locked(nn.Module):
 def quantization(**changes: Any) -> QuantizationAwareTraining:
     values = {"start": 0.3, "freeze_batchnorm": 0.7, "fallback": "parametrize", "attribute": "net"}
     return QuantizationAwareTraining(**{"scheme": "w4a8", **values, **changes})
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_a_network_is_prepared_once_in_a_fit_and_in_a_rehearsal(
+    captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[type[nn.Module]] = []
+
+    def counted(network: nn.Module, *arguments: Any, **named: Any) -> Captured:
+        calls.append(type(network))
+        return prepare(network, *arguments, **named)
+
+    monkeypatch.setattr(callback, "prepare", counted)
+    monkeypatch.setattr(pt2e, "prepare", counted)
+    network = Residual(8) if captured else Branching()
+    module, qat = Foreign(copy.deepcopy(network)), quantization()
+    trainer(max_epochs=1, callbacks=[qat]).fit(module, resumable())
+    assert calls == [type(network)]
+    assert isinstance(module.net, Captured) == captured
+    rehearsed = [qat.rehearse(copy.deepcopy(network), [images(2)[0]]) for _ in range(2)]
+    assert calls == [type(network)] * 3
+    assert rehearsed[0] is not rehearsed[1]
+    assert isinstance(rehearsed[1], Captured) == captured
 
 
 def test_without_the_fallback_the_error_names_reason_layer_and_the_way_out() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
 
+from compress.quantize import prepare
+from compress.quantize.ranks import follow_first_rank
 from tests.distributed.ranks import fit
 
 
@@ -37,3 +42,29 @@ def test_what_is_quantised_after_training_is_that_of_the_first_rank(tmp_path: Pa
     for name, tensor in ranges.items():
         assert bool(tensor.isfinite().all()), name
         assert torch.equal(tensor, second["buffers"][name]), name
+
+
+def see(rank: int, folder: Path, spoilt: int, at: int) -> None:
+    """One of two processes: see batches, of which a rank has one of NaN, and write what became of the ranges."""
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    network = prepare(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), [torch.randn(2, 8)], "int8").train()
+    torch.manual_seed(rank)
+    for number in range(4):
+        x = torch.randn(12, 8)
+        if (rank, number) == (spoilt, at):
+            x[3, 3] = math.nan
+        network(x)
+        follow_first_rank(network)
+    torch.save(network.state_dict(), folder / f"rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(("spoilt", "at"), [(0, 0), (1, 2)])
+def test_a_batch_of_nan_on_one_rank_spoils_the_ranges_of_none(tmp_path: Path, spoilt: int, at: int) -> None:
+    torch.multiprocessing.spawn(see, (tmp_path, spoilt, at), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert len(first) > 20
+    for name, tensor in first.items():
+        assert bool(tensor.isfinite().all()), name
+        assert torch.equal(tensor, second[name]), name

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchao.quantization.pt2e import FusedMovingAvgObsFakeQuantize, MovingAverageMinMaxObserver
 
-from compress.quantize.fake import MovingFakeQuantize
+from compress.quantize.moving import MovingFakeQuantize
 from compress.quantize.rounding import round_to_steps
 
 GRIDS = [(0, 255, 131), (0, 255, 0), (0, 254, 127), (-8, 7, 0), (-(2**15) + 1, 2**15 - 1, 0)]
