@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from compress.quantize.annotate import layer_of, lookups
 from compress.quantize.schemes import Scheme
 
-__all__ = ["round_embeddings", "round_rows", "store_embeddings"]
+__all__ = ["round_embeddings", "round_vectors", "store_embeddings"]
 
 _aten = torch.ops.aten
 
@@ -36,14 +36,14 @@ def round_embeddings(graph_module: GraphModule, schemes: Mapping[str, Scheme]) -
         if largest is None:
             continue
         with graph_module.graph.inserting_after(node):
-            rounded = graph_module.graph.call_function(round_rows, (node, largest))
+            rounded = graph_module.graph.call_function(round_vectors, (node, largest))
         rounded.meta = dict(node.meta)
         node.replace_all_uses_with(rounded)
         rounded.update_arg(0, node)
     graph_module.recompile()
 
 
-def round_rows(x: Tensor, largest: int) -> Tensor:
+def round_vectors(x: Tensor, largest: int) -> Tensor:
     """Return rows as they come back from integers, the largest value of each as ``largest``; gradients pass through.
 
     Args:
@@ -51,7 +51,7 @@ def round_rows(x: Tensor, largest: int) -> Tensor:
         largest: The largest integer, and minus the least.
 
     Example:
-        >>> round_rows(torch.tensor([[0.6, -2.0], [0.0, 0.0]]), 2)
+        >>> round_vectors(torch.tensor([[0.6, -2.0], [0.0, 0.0]]), 2)
         tensor([[ 1., -2.],
                 [ 0.,  0.]])
     """
@@ -60,13 +60,13 @@ def round_rows(x: Tensor, largest: int) -> Tensor:
 
 
 def store_embeddings(graph_module: GraphModule) -> None:
-    """Look up integers and their scales where ``round_rows`` has rounded, in place.
+    """Look up integers and their scales where ``round_vectors`` has rounded, in place.
 
     Args:
         graph_module: Converted, its parameters as they were trained.
     """
     graph = graph_module.graph
-    for node in [node for node in graph.nodes if node.target is round_rows]:
+    for node in [node for node in graph.nodes if node.target is round_vectors]:
         lookup, largest = cast("tuple[Node, int]", node.args)
         table, indices = cast("tuple[Node, Node]", lookup.args[:2])
         weight = _attribute(graph_module, table).detach()

@@ -13,7 +13,7 @@ import compress
 from compress.errors import RecipeError
 from compress.export import Gates, export_artifact
 from compress.quantize import calibrate, convert, prepare
-from compress.quantize.embeddings import round_rows
+from compress.quantize.embeddings import round_vectors
 from compress.quantize.layers import Assignment, make_assignment
 from compress.runtime.manifest import read_manifest
 from compress.surgery import Captured
@@ -58,7 +58,7 @@ def kinds(module: nn.Module) -> dict[str, torch.dtype]:
 
 def test_rows_by_hand() -> None:
     x = torch.tensor([[1.0, -0.3, 0.12], [0.0, 0.0, 0.0], [50.0, 50.0, 0.25]], requires_grad=True)
-    rounded = round_rows(x, 3)  # steps of a third, anything, and 16 2/3
+    rounded = round_vectors(x, 3)  # steps of a third, anything, and 16 2/3
     assert torch.allclose(rounded, torch.tensor([[1.0, -1 / 3, 0.0], [0.0, 0.0, 0.0], [50.0, 50.0, 0.0]]))
     rounded.sum().backward()
     assert x.grad is not None
