@@ -27,6 +27,7 @@ _WARMUPS = 3  # libraries choose and allocate in the first calls, which cannot b
 class _Graph:
     graph: torch.cuda.CUDAGraph
     inputs: list[Tensor]
+    pinned: list[Tensor]  # of the inputs' shapes, on the host, where the GPU can read by itself
     outputs: list[Tensor]
 
 
@@ -34,7 +35,8 @@ class OnCUDA:
     """Runs batches on the current GPU.
 
     A batch of up to 32 samples is copied into the inputs of the graph of the smallest size that holds it, whose other
-    samples are whatever was there: where samples do not see each other, nothing changes. Larger batches, and those
+    samples are whatever was there: where samples do not see each other, nothing changes. From the host it goes there by
+    way of memory that is pinned, and so do the outputs on their way back. Larger batches, and those
     whose graphs cannot be captured or would be one too many, run kernel by kernel. All calls take turns on a stream of
     their own, ordered after the caller's stream and before what the caller does next; the host waits only for outputs
     on the CPU.
@@ -95,9 +97,10 @@ class OnCUDA:
         graph = self._graph(inputs, bucket) if bucket else None
         if graph is None:
             return list(self._exactly([value.detach().to(self._device, non_blocking=True) for value in inputs]))
-        alike = inputs[0].device.type == "cpu"  # then the host waits for the outputs, and with them for this
-        for place, value in zip(graph.inputs, inputs):
-            place[:num].copy_(value, non_blocking=alike or value.is_cuda)
+        waits = inputs[0].device.type == "cpu"  # the host, for the outputs, and with them for these copies
+        for place, pinned, value in zip(graph.inputs, graph.pinned, inputs):
+            source = pinned[:num].copy_(value) if waits and not value.is_cuda else value
+            place[:num].copy_(source, non_blocking=waits or value.is_cuda)
         graph.graph.replay()
         # The next call writes over the graph's own.
         return [value[:num].clone() for value in graph.outputs]
@@ -126,7 +129,8 @@ class OnCUDA:
             self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             outputs = list(self._exactly(places, search=True))
-        return _Graph(graph, places, outputs)
+        pinned = [torch.empty(place.shape, dtype=place.dtype, pin_memory=True) for place in places]
+        return _Graph(graph, places, pinned, outputs)
 
     def _stop_capturing(self) -> None:
         """Leave a capture that failed half-way, which torch does not do of itself, and begin no other."""
