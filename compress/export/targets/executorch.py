@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from compress.errors import MissingPackageError
+from compress.errors import MissingPackageError, first_line
 from compress.export.graph import largest_batch
 from compress.export.products import RECURRENT
 from compress.export.targets import Census, ExportSkippedError
@@ -58,9 +58,8 @@ def build(program: ExportedProgram, path: Path) -> Census:
     except ExportSkippedError:
         raise
     except Exception as error:  # it raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportSkippedError(
-            f"executorch: expected a program that it lowers, got: {reason}. Leave the target out."
+            f"executorch: expected a program that it lowers, got: {first_line(error)}. Leave the target out."
         ) from error
     return count_kernels(lowered.exported_program())
 
