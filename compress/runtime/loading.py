@@ -25,11 +25,11 @@ from compress.runtime.engines import (
     runs_code,
 )
 from compress.runtime.examples import example_call
-from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
+from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text
 from compress.runtime.model import CompactModel
 from compress.runtime.requirements import why_not
 from compress.runtime.text import Encode, make_encoder
-from compress.runtime.trust import is_ours
+from compress.runtime.trust import Signed, read_signed
 
 __all__ = ["load", "load_and_call"]
 
@@ -65,8 +65,8 @@ def load(
         raise ArtifactError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}. Use 'auto'.")
     if num_threads is not None and num_threads < 1:
         raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
-    manifest = read_manifest(directory)
-    trusted = is_ours(directory) or trust
+    signed = read_signed(directory)
+    manifest, trusted = signed.manifest, signed.ours or trust
     checked = {name: check_file(directory, target) for name, target in manifest.targets.items()}
     check_files(directory, manifest.files)
     if engine == "auto":
@@ -85,7 +85,7 @@ def load(
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
-    memory = _Memory(directory, able, num_threads)
+    memory = _Memory(signed, able, num_threads)
     times, failed = memory.read() if len(able) > 1 else ({}, [])
     reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
     able = [name for name in able if name not in failed]
@@ -159,8 +159,9 @@ def _encoder(directory: Path, manifest: Manifest) -> Encode | None:
 def load_and_call(path: str, engine: str) -> Callable[[], object]:
     """Load one engine of an artefact and return a call that runs a batch of one."""
     directory = Path(path)
-    manifest = read_manifest(directory)
-    reason = _why_not(engine, manifest, trusted=is_ours(directory))
+    signed = read_signed(directory)
+    manifest = signed.manifest
+    reason = _why_not(engine, manifest, trusted=signed.ours)
     if reason:
         raise ArtifactError(f"{engine}: expected an engine that runs here, got none ({reason}). Name another.")
     file = check_file(directory, manifest.targets[READS.get(engine, engine)])
@@ -197,9 +198,9 @@ def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dic
 class _Memory:
     """Remembers how fast the engines of an artefact are on this machine, in the user's cache folder."""
 
-    def __init__(self, directory: Path, usable: Sequence[str], num_threads: int | None) -> None:
+    def __init__(self, signed: Signed, usable: Sequence[str], num_threads: int | None) -> None:
         what = [
-            (directory / "manifest.json").read_text(),
+            signed.signature["sha256"],
             list(usable),
             num_threads,
             describe_machine(),

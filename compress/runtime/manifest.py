@@ -23,6 +23,8 @@ __all__ = [
     "check_file",
     "check_files",
     "check_text",
+    "manifest_bytes",
+    "parse_manifest",
     "preprocesses_text",
     "read_manifest",
     "sha256",
@@ -153,11 +155,37 @@ def read_manifest(path: str | Path) -> Manifest:
     Raises:
         ArtifactError: when there is none, or it is damaged or of a later format.
     """
+    return parse_manifest(manifest_bytes(path), path)
+
+
+def manifest_bytes(path: str | Path) -> bytes:
+    """Return the content of an artefact's manifest, unread.
+
+    Args:
+        path: The artefact's directory.
+
+    Raises:
+        ArtifactError: when there is none.
+    """
     file = Path(path) / "manifest.json"
     if not file.is_file():
         raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give its directory.")
+    return file.read_bytes()
+
+
+def parse_manifest(text: bytes, path: str | Path) -> Manifest:
+    """Return what the content of a manifest says.
+
+    Args:
+        text: From ``manifest_bytes``.
+        path: The artefact's directory, for messages.
+
+    Raises:
+        ArtifactError: when it is damaged or of a later format.
+    """
+    file = Path(path) / "manifest.json"
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(text.decode())
         version = content["format_version"]
         if version == FORMAT_VERSION:
             return _parse(content)

@@ -12,13 +12,33 @@ import hmac
 import json
 import os
 import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from compress.errors import ArtifactError
+from compress.runtime.manifest import Manifest, manifest_bytes, parse_manifest
 
-__all__ = ["SIGNATURE", "is_ours", "sign"]
+__all__ = ["SIGNATURE", "Signed", "is_ours", "read_signed", "sign", "signature_of"]
 
 SIGNATURE = "signature.json"
+
+_Signature = Mapping[str, str | None]
+
+
+@dataclass(frozen=True)
+class Signed:
+    """An artefact's manifest, from one reading, and what its signature says of that very content.
+
+    Args:
+        manifest: What it says.
+        signature: ``sha256`` and ``hmac_sha256`` of its content.
+        ours: Whether the signature is by this machine's key.
+    """
+
+    manifest: Manifest
+    signature: _Signature
+    ours: bool
 
 
 def sign(directory: Path) -> None:
@@ -27,41 +47,64 @@ def sign(directory: Path) -> None:
     Args:
         directory: An artefact whose ``manifest.json`` is complete.
     """
-    content = (directory / "manifest.json").read_bytes()
+    (directory / SIGNATURE).write_text(json.dumps(signature_of(manifest_bytes(directory)), indent=1))
+
+
+def signature_of(content: bytes) -> _Signature:
+    """Return a manifest's checksum and signature; ``{**of_this, "next": of_the_next}`` lets another take its place.
+
+    Args:
+        content: The manifest's.
+    """
     key = _key(make=True)
-    signature = {
+    return {
         "sha256": hashlib.sha256(content).hexdigest(),
         "hmac_sha256": None if key is None else hmac.new(key, content, hashlib.sha256).hexdigest(),
     }
-    (directory / SIGNATURE).write_text(json.dumps(signature, indent=1))
+
+
+def read_signed(path: str | Path) -> Signed:
+    """Read an artefact's manifest once, and hold its signature against what was read.
+
+    Args:
+        path: The artefact's directory.
+
+    Raises:
+        ArtifactError: when one of the two is missing or damaged, or the manifest is not the one that was written.
+    """
+    content = manifest_bytes(path)
+    manifest = parse_manifest(content, path)
+    signature = _matching(Path(path), content)
+    key, made_by = _key(make=False), signature["hmac_sha256"]
+    if key is None or not isinstance(made_by, str):
+        return Signed(manifest, signature, ours=False)
+    wanted = hmac.new(key, content, hashlib.sha256).hexdigest()
+    return Signed(manifest, signature, ours=hmac.compare_digest(wanted.encode(), made_by.encode()))
 
 
 def is_ours(directory: Path) -> bool:
-    """Say whether an artefact was built with this machine's key, once its manifest's checksum is right.
+    """Say whether an artefact was built with this machine's key; raises as ``read_signed`` does."""
+    return read_signed(directory).ours
 
-    Args:
-        directory: The artefact.
 
-    Raises:
-        ArtifactError: when the signature is missing or damaged, or the manifest is not the one that was written.
-    """
-    file = directory / SIGNATURE
-    content = (directory / "manifest.json").read_bytes()
+def _matching(directory: Path, content: bytes) -> _Signature:
+    """Return the signature of a manifest's content: of the manifest that is there, or of the one that follows it."""
+    file, checksum = directory / SIGNATURE, hashlib.sha256(content).hexdigest()
     try:
-        signature = json.loads(file.read_bytes())
-        checksum, made_by = signature["sha256"], signature["hmac_sha256"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        written = json.loads(file.read_bytes())
+        signatures = [
+            {name: one[name] for name in ("sha256", "hmac_sha256")} for one in (written, written.get("next")) if one
+        ]
+        found = [one for one in signatures if one["sha256"] == checksum]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{file}: expected the manifest's checksum, got {type(error).__name__}: {error}. Export again."
         ) from error
-    if checksum != hashlib.sha256(content).hexdigest():
+    if not found:
         raise ArtifactError(
             f"{directory / 'manifest.json'}: expected the SHA-256 of {SIGNATURE}, got another. Export again."
         )
-    key = _key(make=False)
-    if key is None or not isinstance(made_by, str):
-        return False
-    return hmac.compare_digest(hmac.new(key, content, hashlib.sha256).hexdigest().encode(), made_by.encode())
+    return found[0]
 
 
 def _key(*, make: bool) -> bytes | None:

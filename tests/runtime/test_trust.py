@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,6 +73,20 @@ def test_where_no_key_can_be_kept_an_artefact_is_from_elsewhere(
     sign(copy)
     assert json.loads((copy / SIGNATURE).read_text())["hmac_sha256"] is None
     assert not is_ours(copy)
+
+
+def test_the_manifest_is_read_once(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What is read again may not be what was checked.
+    opened: list[str] = []
+    open_file = io.open
+
+    def spy(file: Any, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(str(file)).name)
+        return open_file(file, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", spy)
+    load(copy)
+    assert (opened.count("manifest.json"), opened.count(SIGNATURE)) == (1, 1)
 
 
 def test_a_manifest_that_was_changed_is_refused(copy: Path) -> None:
