@@ -16,6 +16,7 @@ __all__ = [
     "MissingPackageError",
     "RecipeError",
     "RunError",
+    "first_line",
 ]
 
 
@@ -66,3 +67,14 @@ class MissingPackageError(CompressError):
         super().__init__(
             f"{package}: expected an installed package, got none. Install it with: pip install 'compress[{extra}]'."
         )
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of what an error says, or its kind where it says nothing.
+
+    Example:
+        >>> first_line(ValueError("expected less\nat line 3")), first_line(ValueError())
+        ('expected less', 'ValueError')
+    """
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import CompressError, ExportSkippedError
+from compress.errors import CompressError, ExportSkippedError, first_line
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.options import Options
@@ -129,8 +129,8 @@ def _or_skipped(expected: str) -> Iterator[None]:
         raise
     except Exception as error:
         log.info("%s", expected, exc_info=error)
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise ExportSkippedError(f"{expected}, got {type(error).__name__}: {reason}. Leave the target out.") from error
+        reason = f"{type(error).__name__}: {first_line(error)[:300]}"
+        raise ExportSkippedError(f"{expected}, got {reason}. Leave the target out.") from error
 
 
 def _of_other_sizes(parity: Parity) -> dict[str, dict[str, float]]:

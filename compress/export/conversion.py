@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -28,7 +28,7 @@ from compress.export.samples import random_inputs
 from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine, missing_package
 from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, check_files, read_manifest
-from compress.runtime.trust import SIGNATURE, is_ours, sign
+from compress.runtime.trust import SIGNATURE, Signed, read_signed, signature_of
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import lengths_of
 
@@ -52,7 +52,8 @@ def convert(
     """Add targets to an artefact, built from its portable program (``eager``).
 
     Each is held against the portable program's outputs by the gates of the artefact's export, and its manifest says on
-    which inputs. All targets are added, or none: the artefact is left as it was when one fails.
+    which inputs. All targets are added, or none: the artefact is left as it was when one fails. It loads at every
+    moment in between, also where the process ends there, if without what is being replaced.
 
     Args:
         path: The artefact's directory.
@@ -76,13 +77,13 @@ def convert(
         MissingPackageError: when a target's library is not installed.
     """
     directory = Path(path)
-    manifest = read_manifest(directory)
-    ours = is_ours(directory)
+    signed = read_signed(directory)
+    manifest = signed.manifest
     targets = list(dict.fromkeys(targets))
     _check_targets(manifest, targets, replace=replace)
     if mistakes := list(option_mistakes(options or {}, targets)):
         raise ExportError("\n".join(mistakes))
-    if not (ours or trust):
+    if not (signed.ours or trust):
         raise ArtifactError(
             f"{directory}: expected an artefact of this machine, got another's, whose portable program may run code. "
             "Say trust=True (--trust) if you know who made it."
@@ -95,10 +96,7 @@ def convert(
         built = _build_all(targets, job, temporary, progress=progress)
         skipped = {name: reason for name, reason in manifest.skipped.items() if name not in built}
         new = dataclasses.replace(manifest, targets={**manifest.targets, **built}, skipped=skipped)
-        (temporary / "manifest.json").write_text(json.dumps(asdict(new), indent=1))
-        sign(temporary)
-        names = [name for target in built.values() for name in (*target.parts, target.file)]
-        _put([*names, "manifest.json", SIGNATURE], temporary, directory)
+        _put(_steps(signed, new, built, temporary), directory, temporary)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return read_manifest(directory)
@@ -196,21 +194,57 @@ def _folder_in(directory: Path) -> Path:
         ) from error
 
 
-def _put(names: Sequence[str], new: Path, directory: Path) -> None:
-    """Put files in their places; when one fails, all are as they were."""
-    before = new / "before"
+def _steps(signed: Signed, new: Manifest, built: Mapping[str, Target], folder: Path) -> list[tuple[Path, str]]:
+    """Return which file goes where, in an order in which the artefact loads after each.
+
+    Args:
+        signed: The artefact as it is.
+        new: Its manifest to be.
+        built: The targets that are added.
+        folder: Of their files; what else is written goes there, too.
+    """
+    steps: list[tuple[Path, str]] = []
+    signature = signed.signature
+
+    def write(name: str, content: bytes) -> None:
+        path = folder / f"{len(steps)}.{name}"
+        path.write_bytes(content)
+        steps.append((path, name))
+
+    def become(manifest: Manifest) -> None:
+        nonlocal signature
+        content = json.dumps(asdict(manifest), indent=1).encode()
+        following = signature_of(content)
+        # In between, the signature is that of either manifest.
+        write(SIGNATURE, json.dumps({**signature, "next": following}, indent=1).encode())
+        write("manifest.json", content)
+        write(SIGNATURE, json.dumps(following, indent=1).encode())
+        signature = following
+
+    kept = {name: target for name, target in signed.manifest.targets.items() if name not in built}
+    if len(kept) < len(signed.manifest.targets):  # no manifest names a file that is being replaced
+        become(dataclasses.replace(signed.manifest, targets=kept))
+    steps += [(folder / name, name) for target in built.values() for name in (*target.parts, target.file)]
+    become(new)
+    return steps
+
+
+def _put(steps: Sequence[tuple[Path, str]], directory: Path, folder: Path) -> None:
+    """Put files in their places, one by one; when one fails, all are as they were, undone in reverse order."""
+    before = folder / "before"
     before.mkdir()
-    done: list[str] = []
+    done: list[tuple[Path, Path]] = []
     try:
-        for name in names:
-            if (directory / name).exists():
-                shutil.copy2(directory / name, before / name)
-            done.append(name)
-            os.replace(new / name, directory / name)
+        for number, (file, name) in enumerate(steps):
+            copy, place = before / str(number), directory / name
+            if place.exists():
+                shutil.copy2(place, copy)
+            done.append((copy, place))
+            os.replace(file, place)
     except BaseException:
-        for name in done:
-            if (before / name).exists():
-                os.replace(before / name, directory / name)
+        for copy, place in reversed(done):
+            if copy.exists():
+                os.replace(copy, place)
             else:
-                (directory / name).unlink(missing_ok=True)
+                place.unlink(missing_ok=True)
         raise

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.export import ExportedProgram
 
-from compress.errors import ExportSkippedError, MissingPackageError
+from compress.errors import ExportSkippedError, MissingPackageError, first_line
 from compress.export.graph import flatten_attention, rewritten
 from compress.export.onnx_graph import rewrite
 from compress.surgery.lengths import lengths_of
@@ -69,7 +69,7 @@ def _first(error: BaseException) -> str:
     """Return the first line of what began a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).strip().splitlines()[0]
+    return first_line(error)
 
 
 @contextlib.contextmanager

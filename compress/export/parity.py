@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ExportError, ExportSkippedError
+from compress.errors import ExportError, ExportSkippedError, first_line
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import TensorSpec
@@ -144,9 +144,8 @@ def _distance(engine: Engine, sample: Sample, batch: int, where: str = "") -> Ag
     try:
         outputs = _outputs(engine, inputs, batch)
     except Exception as error:  # an engine's library raises anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportSkippedError(
-            f"{type(engine).__name__}: expected a run at batch size {batch}{where}, got: {reason}. "
+            f"{type(engine).__name__}: expected a run at batch size {batch}{where}, got: {first_line(error)}. "
             "Leave the target out."
         ) from error
     if outputs is None or outputs.shape != sample.wanted.shape:

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
 from compress.surgery.blame import layer_and_line
-from compress.surgery.lengths import Length, dynamic_shapes
+from compress.surgery.lengths import LARGEST_BATCH, Length, dynamic_shapes
 from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
 
@@ -49,7 +49,12 @@ _WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
 
 
 def export_program(
-    network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = (), strict: bool = True
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    lengths: Sequence[Length] = (),
+    strict: bool = True,
+    largest_batch: int = LARGEST_BATCH,
 ) -> torch.export.ExportedProgram:
     """Capture a network with ``torch.export``, the batch dimension dynamic.
 
@@ -58,6 +63,7 @@ def export_program(
         inputs: Example inputs, at least two samples in dimension 0 of each.
         lengths: Further sizes that may vary, as that of a sequence.
         strict: Whether the network's code is read; otherwise it is run, and what it does beside tensors is not noticed.
+        largest_batch: Samples that the graph takes at most, for what takes memory for as many; at least 3.
 
     Raises:
         CaptureError: when the network cannot be captured; the message names the reason and, where known, the layer.
@@ -65,7 +71,7 @@ def export_program(
     if isinstance(network, Captured):
         network.sync_mode()
         network = network.graph_module
-    sizes = dynamic_shapes(inputs, lengths)
+    sizes = dynamic_shapes(inputs, lengths, largest_batch=largest_batch)
     try:
         shapes = _like_arguments(network, sizes)
         with kept_whole(lengths):

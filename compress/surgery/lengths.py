@@ -13,7 +13,10 @@ from torch.fx import Node
 
 from compress.errors import CaptureError
 
-__all__ = ["Length", "dynamic_shapes", "lengths_of", "user_inputs"]
+__all__ = ["LARGEST_BATCH", "Length", "dynamic_shapes", "lengths_of", "user_inputs"]
+
+LARGEST_BATCH = 65536
+"""Samples that a program takes at most, unless it is captured for fewer."""
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,15 @@ class Length:
         return [index for index, value in enumerate(inputs) if value.dim() > self.dimension]
 
 
-def dynamic_shapes(inputs: Sequence[Tensor], lengths: Sequence[Length]) -> list[dict[int, Any]]:
+def dynamic_shapes(
+    inputs: Sequence[Tensor], lengths: Sequence[Length], *, largest_batch: int = LARGEST_BATCH
+) -> list[dict[int, Any]]:
     """Return what ``torch.export`` is told of each input: the batch and the lengths that it has.
 
     Raises:
         CaptureError: when an example does not have a length, or has it out of its range.
     """
-    batch = Dim("batch", min=1, max=65536)
+    batch = Dim("batch", min=1, max=largest_batch)
     shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
     for number, length in enumerate(lengths):
         size = Dim(f"size{length.dimension}_{number}", min=length.smallest, max=length.largest)

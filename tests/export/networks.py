@@ -30,10 +30,10 @@ class Network(NamedTuple):
 class Transformer(nn.Module):
     """One block of attention and a gated product over tokens that come as vectors."""
 
-    def __init__(self) -> None:
+    def __init__(self, hidden: int = 32) -> None:
         super().__init__()
         self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.up, self.down = nn.Linear(16, hidden), nn.Linear(hidden, 16)
         self.norm1, self.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
         self.head = nn.Linear(16, 4)
 

@@ -198,7 +198,36 @@ def test_a_build_that_fails_half_way_leaves_the_artefact(
     assert content(copy) == before
 
 
-@pytest.mark.parametrize("failing", range(3))
+def test_the_artefact_loads_wherever_the_process_ends(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Look before each move: of a target that is added, one that is replaced, and one that is put back."""
+    x = quantized().inputs[:4]
+    wanted = load(copy, engine="eager")(x)
+    found: list[Path] = []
+    move = conversion.os.replace
+
+    def replace(source: Path, place: Path) -> None:
+        found.append(shutil.copytree(copy, tmp_path / str(len(found)), ignore=shutil.ignore_patterns(".new.*")))
+        if len(found) == 4 + 7 + 7:
+            raise OSError("full")
+        move(source, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion.os, "replace", replace)
+        convert(copy, ["onnxruntime"])
+        convert(copy, ["onnxruntime"], seed=1, replace=True)
+        with pytest.raises(OSError, match="full"):
+            convert(copy, ["onnxruntime"], seed=2, replace=True)
+    assert len(found) == 4 + 7 + 2 * 7
+    for path in [*found, copy]:
+        assert is_ours(path)
+        for name in read_manifest(path).targets:
+            outputs = load(path, engine=name)(x)
+            assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
+
+
+@pytest.mark.parametrize("failing", range(7))
 def test_files_that_cannot_be_moved_leave_the_artefact(
     copy: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:

@@ -23,8 +23,8 @@ def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -
     """Compile the program in bfloat16 into one file, and count its kernels; ``max_autotune`` as for ``aoti``.
 
     Raises:
-        ExportSkippedError: when the processor emulates bfloat16, the program is quantised, there is no compiler, or it
-            fails.
+        ExportSkippedError: when the processor emulates bfloat16, the program is quantised, or there is no
+            compiler.
     """
     if not has_bf16():
         raise ExportSkippedError(

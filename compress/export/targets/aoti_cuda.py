@@ -41,7 +41,7 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_au
         max_autotune: Let Inductor measure several kernels for each matrix product and convolution, which takes minutes.
 
     Raises:
-        ExportSkippedError: when there is no GPU, the compiler fails, torch cannot load what it has compiled, the
+        ExportSkippedError: when there is no GPU or no compiler, torch cannot load what it has compiled, the
             program is quantised, or its samples see each other, since small batches are filled up when served.
     """
     program = in_precision(program, dtype)

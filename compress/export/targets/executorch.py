@@ -15,11 +15,12 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from compress.errors import MissingPackageError
-from compress.export.graph import largest_batch, rewritten
+from compress.errors import MissingPackageError, first_line
+from compress.export.graph import largest_batch
 from compress.export.products import RECURRENT
 from compress.export.targets import Census, ExportSkippedError
 from compress.export.xnnpack_graph import rewrite
+from compress.surgery.capture import export_program
 
 __all__ = ["FILE", "build", "count_kernels", "planned_batch", "requires"]
 
@@ -45,20 +46,20 @@ def build(program: ExportedProgram, path: Path) -> Census:
     except ImportError as error:
         raise MissingPackageError("executorch", "executorch") from error
     _check_recurrent(program)
-    signed = rewritten(program, rewrite)
+    batch = planned_batch(program)
+    signed = _signed(program, batch)
     try:
         with torch.no_grad(), _quiet():
             lowered = to_edge_transform_and_lower(signed, partitioner=[XnnpackPartitioner()])
             _check_left(lowered.exported_program())
-            _limit(lowered.exported_program(), planned_batch(program))
+            _limit(lowered.exported_program(), batch)
             settings = ExecutorchBackendConfig(sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass())
             path.write_bytes(lowered.to_executorch(settings).buffer)
     except ExportSkippedError:
         raise
     except Exception as error:  # it raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportSkippedError(
-            f"executorch: expected a program that it lowers, got: {reason}. Leave the target out."
+            f"executorch: expected a program that it lowers, got: {first_line(error)}. Leave the target out."
         ) from error
     return count_kernels(lowered.exported_program())
 
@@ -112,6 +113,14 @@ def _check_recurrent(program: ExportedProgram) -> None:
             f"executorch: expected no recurrent layers, got {', '.join(kinds)}: it writes every step out, and has no "
             "kernel for their weights as integers. Leave the target out."
         )
+
+
+def _signed(program: ExportedProgram, batch: int) -> ExportedProgram:
+    """Capture the program as XNNPACK takes it, for no larger batches: XNNPACK takes memory for the largest at once."""
+    graph_module = program.module(check_guards=False)
+    rewrite(graph_module)
+    inputs = [value[:2] for value in program.example_inputs[0]]
+    return export_program(graph_module, inputs, largest_batch=max(batch, 3))  # 2 is that of the example, and no range
 
 
 def _check_left(lowered: ExportedProgram) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from compress.errors import MissingPackageError
+from compress.errors import MissingPackageError, first_line
 from compress.export.passes.nodes import add_constant, constant
 from compress.export.targets import Census, ExportSkippedError
 from compress.export.xnnpack_graph import (
@@ -60,9 +60,8 @@ def build(program: ExportedProgram, path: Path) -> Census:
         with torch.no_grad(), _quiet():
             litert_torch.convert(graph_module, tuple(tensor[:1] for tensor in args), **settings).export(str(path))
     except Exception as error:  # it raises many kinds; each means the same to the user
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ExportSkippedError(
-            f"litert: expected a program that it converts, got: {reason}. Leave the target out."
+            f"litert: expected a program that it converts, got: {first_line(error)}. Leave the target out."
         ) from error
     return census(path)
 

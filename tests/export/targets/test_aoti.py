@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from compress.export import export_artifact
 from compress.export.targets import Census, ExportSkippedError, aoti
 from compress.measure.machine import has_vnni
 from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine
 from compress.runtime.manifest import read_manifest
 from compress.surgery.capture import export_program
-from tests.export.programs import artifact, quantized
+from tests.export.programs import artifact, floating, quantized
 
 EXACT = pytest.mark.skipif(not has_vnni(), reason="without VNNI no package of int8 kernels is built")
 
@@ -153,6 +154,25 @@ def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_pa
     with pytest.raises(ExportSkippedError, match=r"expected a C\+\+ compiler, got none"):
         aoti.build(quantized().program, tmp_path / aoti.FILE)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_inductor_does_not_compile_is_left_out_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **settings: object) -> None:
+        raise RuntimeError("no such operator\nWhile executing it")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", fail)
+    made = floating()
+    with pytest.warns(UserWarning, match=r"aoti: expected .*, got RuntimeError: no such operator\. Leave"):
+        manifest = export_artifact(
+            made.program,
+            tmp_path / "artifact",
+            targets=["aoti", "eager"],
+            reference=made.reference,
+            held_out=[made.inputs],
+        )
+    assert list(manifest.targets) == ["eager"]
 
 
 def test_requirements_name_this_machine() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from compress.export.targets import ExportSkippedError, executorch
 from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine
 from compress.surgery.capture import export_program
-from tests.export.networks import network
+from compress.surgery.lengths import user_inputs
+from tests.export.networks import Transformer, network
 from tests.export.programs import quantized
 from tests.export.targets.checks import check_outputs
 
@@ -24,6 +26,41 @@ def test_outputs_are_those_of_the_module(kind: str, products: int, attention: in
     counted = check_outputs(executorch, "executorch", kind, tmp_path)
     kernels = {name: (census.int8_kernels, census.float_kernels) for name, census in counted.items()}
     assert kernels == {"floats": (0, products + attention), "integers": (products, attention)}
+
+
+def test_memory_is_taken_for_the_planned_batch_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(5, 512, 16)
+    # For as many samples as a program takes, its largest activation would need half a terabyte.
+    encoder = prepare(Transformer(hidden=4096).eval(), (inputs[:2],), "int8_portable")
+    calibrate(encoder, [(inputs,)])
+    program = export_program(convert(encoder.eval()), (inputs[:2],))
+    assert executorch.planned_batch(program) == 4
+    executorch.build(program, tmp_path / executorch.FILE)
+    engine = make_engine("executorch", tmp_path / executorch.FILE)
+    parity = check_parity(engine, reference_outputs(encoder, [inputs]), [inputs])
+    assert parity.batches.relative_error < 0.02
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_program_whose_activations_are_large_takes_few_samples_at_once(
+    batch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = network("cnn")
+    monkeypatch.setattr(executorch, "planned_batch", lambda program: batch)
+    executorch.build(made.integers, tmp_path / executorch.FILE)
+    wanted = reference_outputs(made.prepared, [made.inputs])
+    parity = check_parity(make_engine("executorch", tmp_path / executorch.FILE), wanted, [made.inputs])
+    assert parity.batches.relative_error < 0.02
+
+
+def test_the_program_keeps_its_range_for_other_targets(tmp_path: Path) -> None:
+    program = network("cnn").program
+    ((_, value),) = user_inputs(program)
+    size: Any = value.shape[0]
+    before = dict(size.node.shape_env.var_to_range)
+    executorch.build(program, tmp_path / executorch.FILE)
+    assert size.node.shape_env.var_to_range == before
 
 
 def test_every_layer_of_a_residual_net_becomes_an_integer_kernel(tmp_path: Path) -> None:
