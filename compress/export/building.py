@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import CompressError, ExportSkippedError, first_line
+from compress.errors import CaptureError, CompressError, ExportSkippedError, first_line
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.options import Options
@@ -125,6 +125,8 @@ def _or_skipped(expected: str) -> Iterator[None]:
     """Make a reason to leave the target out of whatever an engine's library raises."""
     try:
         yield
+    except CaptureError as error:  # what a target makes of a program is captured anew
+        raise ExportSkippedError(f"{expected}, got: {first_line(error)} Leave the target out.") from error
     except CompressError:
         raise
     except Exception as error:

@@ -208,10 +208,26 @@ def has_narrow_weights(program: ExportedProgram) -> bool:
 
     Without VNNI, x86 adds two products of uint8 and int8 in 16 bits: 2 * 255 * 64 fits, 2 * 255 * 127 does not.
     """
-    tensors = [*program.state_dict.values(), *program.constants.values()]
+    tables = _looked_up(program)
+    tensors = [value for name, value in {**program.state_dict, **program.constants}.items() if name not in tables]
     integers = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int8]
     weights = [tensor for tensor in integers if tensor.dim() > 1]
     return bool(weights) and all(int(weight.short().abs().amax()) <= LARGEST_NARROW for weight in weights)
+
+
+def _looked_up(program: ExportedProgram) -> set[str]:
+    """Return the names of tables, which nothing is multiplied by."""
+    signature = program.graph_signature
+    names = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    return {
+        names[node.args[0].name]
+        for node in program.graph.nodes
+        if node.target is torch.ops.aten.embedding.default and node.args[0].name in names
+    }
 
 
 def loosen_views(graph_module: GraphModule) -> None:

@@ -270,7 +270,9 @@ def mark_narrow(model: ModelProto) -> bool:
         Whether that is so.
     """
     graph = OnnxGraph(model)
-    weights = [value for value in _all_constants(model.graph) if value.dtype == np.int8 and value.ndim > 1]
+    tables = {node.input[0] for node in graph.nodes if node.op_type == "Gather"}
+    constants = _all_constants(model.graph)
+    weights = [value for name, value in constants if value.dtype == np.int8 and value.ndim > 1 and name not in tables]
     others = any(
         node.op_type == "QuantizeLinear" and (found := graph.scale(node)) is not None and found[1].dtype == np.int8
         for node in graph.nodes
@@ -282,11 +284,11 @@ def mark_narrow(model: ModelProto) -> bool:
     return True
 
 
-def _all_constants(graph: GraphProto) -> Iterator[np.ndarray]:
-    """Yield the constants of a graph and of the bodies of its loops."""
+def _all_constants(graph: GraphProto) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the constants of a graph and of the bodies of its loops, by name."""
     from onnx import numpy_helper
 
-    yield from map(numpy_helper.to_array, graph.initializer)
+    yield from ((constant.name, numpy_helper.to_array(constant)) for constant in graph.initializer)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.HasField("g"):

@@ -72,12 +72,21 @@ def products(graph_module: GraphModule) -> list[Node]:
 
 
 def lookups(graph_module: GraphModule) -> list[Node]:
-    """Return the embeddings whose table is a parameter as it stands."""
+    """Return the embeddings whose table is a parameter of floats, as it stands when it is looked up."""
     return [
         node
         for node in graph_module.graph.nodes
-        if node.target is _aten.embedding.default and node.args[0].op == "get_attr"
+        if node.target is _aten.embedding.default
+        and node.args[0].op == "get_attr"
+        and node.meta["val"].is_floating_point()
+        and not _is_normalised(node.args[0])
     ]
+
+
+def _is_normalised(table: Node) -> bool:
+    """Say whether rows are shortened when they are looked up (``max_norm``)."""
+    readers = [reader for user in table.users for reader in (user, *user.users)]
+    return any(reader.target is _aten.embedding_renorm_.default for reader in readers)
 
 
 def is_product(node: Node) -> bool:

@@ -20,6 +20,7 @@ __all__ = ["SPELT_OUT", "activation_products", "spell_out_attention"]
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
+_SUM = _aten.baddbmm.default  # of a mask and a product, as nn.MultiheadAttention has it where it returns its weights
 SPELT_OUT = (_aten.matmul.default, _aten.bmm.default)
 """Products whose factors can be rounded."""
 
@@ -30,7 +31,7 @@ def activation_products(graph_module: GraphModule) -> list[Node]:
     return [
         node
         for node in graph_module.graph.nodes
-        if node.target is _ATTENTION
+        if node.target in (_ATTENTION, _SUM)
         or (node.target in SPELT_OUT and not any(factor in fixed for factor in node.args[:2]))
     ]
 
@@ -38,22 +39,21 @@ def activation_products(graph_module: GraphModule) -> list[Node]:
 def spell_out_attention(graph_module: GraphModule, schemes: Mapping[str, Scheme]) -> None:
     """Write attention in one operator as two products with a softmax between, where a scheme rounds them, in place.
 
-    Attention whose query heads share key heads stays as it is.
+    Sums of a mask and a product are taken apart, too. Attention whose query heads share key heads stays as it is.
 
     Args:
         graph_module: Captured and normalised.
         schemes: Of each module.
     """
-    changed = False
-    for node in [node for node in graph_module.graph.nodes if node.target is _ATTENTION]:
-        if schemes.get(layer_of(node), FLOAT).attention and not node.kwargs.get("enable_gqa", False):
-            with graph_module.graph.inserting_before(node):
-                replace(node, _spelt_out(node))
-            changed = True
-    if changed:
-        graph_module.graph.eliminate_dead_code()
-        tag(graph_module)
-        graph_module.recompile()
+    whole = [node for node in graph_module.graph.nodes if node.target in (_ATTENTION, _SUM)]
+    for node in [node for node in whole if schemes.get(layer_of(node), FLOAT).attention]:
+        if node.kwargs.get("enable_gqa", False) or {node.kwargs.get(name, 1) for name in ("alpha", "beta")} != {1}:
+            continue
+        with graph_module.graph.inserting_before(node):
+            replace(node, _spelt_out(node) if node.target is _ATTENTION else _sum(node))
+    graph_module.graph.eliminate_dead_code()
+    tag(graph_module)
+    graph_module.recompile()
 
 
 def _spelt_out(node: Node) -> Node:
@@ -66,16 +66,24 @@ def _spelt_out(node: Node) -> Node:
     scores = emit(node, _aten.mul.Tensor, (scores, scale))
     if causal:
         mask = _causal(node, scores)
+    closed, least = None, torch.finfo(scores.meta["val"].dtype).min
     if mask is not None and mask.meta["val"].dtype == torch.bool:
-        scores = emit(
-            node, _aten.masked_fill.Scalar, (scores, emit(node, _aten.logical_not.default, (mask,)), -torch.inf)
-        )
+        closed = emit(node, _aten.logical_not.default, (mask,))
+        scores = emit(node, _aten.masked_fill.Scalar, (scores, closed, least))
     elif mask is not None:
-        scores = emit(node, _aten.add.Tensor, (scores, mask))
+        closed = emit(node, _aten.eq.Scalar, (mask, -torch.inf))
+        scores = emit(node, _aten.add.Tensor, (scores, emit(node, _aten.clamp.default, (mask, least))))
     shares = emit(node, _aten.softmax.int, (scores, -1))
+    if closed is not None:  # a query to which all is closed attends to nothing
+        shares = emit(node, _aten.masked_fill.Scalar, (shares, closed, 0.0))
     if dropout:
         shares = emit(node, _aten.dropout.default, (shares, dropout, True))
     return emit(node, _aten.matmul.default, (shares, value))
+
+
+def _sum(node: Node) -> Node:
+    mask, *factors = node.args
+    return emit(node, _aten.add.Tensor, (emit(node, _aten.bmm.default, factors), mask))
 
 
 def _causal(node: Node, scores: Node) -> Node:
@@ -84,6 +92,5 @@ def _causal(node: Node, scores: Node) -> Node:
         size if isinstance(size, int) else emit(node, _aten.sym_size.int, (scores, dim))
         for dim, size in ((-2, scores.meta["val"].shape[-2]), (-1, scores.meta["val"].shape[-1]))
     ]
-    device = scores.meta["val"].device
-    ones = emit(node, _aten.ones.default, (sizes,), {"dtype": torch.bool, "device": device})
+    ones = emit(node, _aten.new_ones.default, (scores, sizes), {"dtype": torch.bool})
     return emit(node, _aten.tril.default, (ones,))

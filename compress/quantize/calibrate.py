@@ -27,7 +27,8 @@ def calibrate(
 ) -> int:
     """Set what the integers of a prepared network stand for: activations by data, weights by their own extremes.
 
-    Data passes through the network in floating point and in evaluation; nothing is trained.
+    Data passes through the network in floating point and in evaluation, embeddings as they will be looked up; nothing
+    is trained.
 
     Args:
         prepared: From ``prepare`` or ``parametrize``.

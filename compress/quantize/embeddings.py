@@ -7,7 +7,7 @@ looks up, not the table, and there is no range to calibrate.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from compress.quantize.annotate import layer_of, lookups
 from compress.quantize.schemes import Scheme
 
-__all__ = ["round_embeddings", "round_vectors", "store_embeddings"]
+__all__ = ["look_up_floats", "round_embeddings", "round_vectors", "store_embeddings"]
 
 _aten = torch.ops.aten
 
@@ -56,7 +56,15 @@ def round_vectors(x: Tensor, largest: int) -> Tensor:
                 [ 0.,  0.]])
     """
     step = _step(x.detach(), largest)
-    return (x.detach() / step).round() * step + (x - x.detach())
+    return _integers(x.detach(), step, largest) * step + (x - x.detach())
+
+
+def look_up_floats(graph_module: GraphModule) -> None:
+    """Leave what embeddings give as it is, in place, with as many nodes as before."""
+    for node in graph_module.graph.nodes:
+        if node.target is round_vectors:
+            node.target = _as_they_are
+    graph_module.recompile()
 
 
 def store_embeddings(graph_module: GraphModule) -> None:
@@ -65,15 +73,15 @@ def store_embeddings(graph_module: GraphModule) -> None:
     Args:
         graph_module: Converted, its parameters as they were trained.
     """
-    graph = graph_module.graph
+    graph, store = graph_module.graph, _Store(graph_module)
     for node in [node for node in graph.nodes if node.target is round_vectors]:
         lookup, largest = cast("tuple[Node, int]", node.args)
         table, indices = cast("tuple[Node, Node]", lookup.args[:2])
         weight = _attribute(graph_module, table).detach()
         step = _step(weight, largest)
         with graph.inserting_before(node):
-            integers = _stored(graph_module, table, f"integers_{largest}", (weight / step).round().to(torch.int8))
-            steps = _stored(graph_module, table, f"steps_{largest}", step)
+            integers = store(f"{table.target}_integers_{largest}", _integers(weight, step, largest).to(torch.int8))
+            steps = store(f"{table.target}_steps_{largest}", step)
             rows = graph.call_function(_aten.embedding.default, (integers, indices))
             rows = graph.call_function(_aten.to.dtype, (rows, weight.dtype))
             scale = graph.call_function(_aten.embedding.default, (steps, indices))
@@ -92,9 +100,17 @@ def _largest(scheme: Scheme) -> int | None:
     return int(2 ** (bits - 1) - 1)
 
 
+def _as_they_are(x: Tensor, largest: int) -> Tensor:
+    return x
+
+
 def _step(rows: Tensor, largest: int) -> Tensor:
     step = rows.abs().amax(-1, keepdim=True) / largest
     return step.clamp(min=torch.finfo(step.dtype).tiny)
+
+
+def _integers(rows: Tensor, step: Tensor, largest: int) -> Tensor:
+    return (rows / step).round().clamp(-largest, largest)  # in bfloat16, a quotient may be one more
 
 
 def _attribute(graph_module: GraphModule, node: Node) -> Tensor:
@@ -103,9 +119,18 @@ def _attribute(graph_module: GraphModule, node: Node) -> Tensor:
     return value
 
 
-def _stored(graph_module: GraphModule, table: Node, kind: str, value: Tensor) -> Node:
-    """Return a node for a tensor that belongs to a table; several look-ups of one table share it."""
-    name: Any = f"{table.target}_{kind}".replace(".", "_")
-    if not hasattr(graph_module, name):
-        graph_module.register_buffer(name, value)
-    return graph_module.graph.get_attr(name)
+class _Store:
+    """Keeps tensors in a graph module under names of their own; look-ups of one table share what belongs to it."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self._graph_module = graph_module
+        self._names: dict[str, str] = {}
+
+    def __call__(self, key: str, value: Tensor) -> Node:
+        if key not in self._names:
+            name = key.replace(".", "_")
+            while hasattr(self._graph_module, name):
+                name += "_"
+            self._graph_module.register_buffer(name, value)
+            self._names[key] = name
+        return self._graph_module.graph.get_attr(self._names[key])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from compress.errors import RecipeError
@@ -21,11 +21,13 @@ class Assignment:
         scheme: Of layers that nothing else is said about.
         layers: Patterns of layer names and their schemes; of several that match the last one counts.
         first_last: Scheme of the first and the last layer, unless a pattern matches them.
+        embeddings: Whether embeddings are rounded, too, as they once were not.
     """
 
     scheme: Scheme
     layers: Mapping[str, Scheme] = field(default_factory=dict)
     first_last: Scheme | None = None
+    embeddings: bool = True
 
     @property
     def schemes(self) -> list[Scheme]:
@@ -45,7 +47,8 @@ class Assignment:
 
         Args:
             names: The layers with a convolution or matrix product, in the order in which they compute.
-            lookups: Embeddings, which get what the first and the last layer get.
+            lookups: Embeddings, which get what the first and the last layer get. A pattern that matches others, too,
+                gives them no fewer than 8 bits.
             attentions: Modules with products of activations, which are never the first or the last layer.
 
         Raises:
@@ -55,7 +58,9 @@ class Assignment:
             >>> make_assignment("w4a8", layers={"b": "float"}).resolve(["a", "b", "c", "d"])["c"].name
             'w4a8'
         """
+        names = list(dict.fromkeys(names))
         chosen = dict.fromkeys(names, self.scheme)
+        tables = set(lookups) - set(names)
         if self.first_last is not None and names:
             chosen[names[0]] = chosen[names[-1]] = self.first_last
         for name in lookups:
@@ -69,6 +74,8 @@ class Assignment:
                     f"quantize.layers, quantize.keep: expected patterns of layers with a product or a table, got "
                     f"{pattern!r}. The layers are: {', '.join(chosen)}."
                 )
+            if (scheme.weight_bits or 8) < 8 and not tables.issuperset(matching):
+                matching = [name for name in matching if name not in tables]
             chosen.update(dict.fromkeys(matching, scheme))
         return chosen
 
@@ -128,15 +135,17 @@ def write_assignment(assignment: Assignment) -> dict[str, Any]:
         "definition": write_scheme(assignment.scheme),
         "layers": {pattern: write_scheme(scheme) for pattern, scheme in assignment.layers.items()},
         "first_last": None if assignment.first_last is None else write_scheme(assignment.first_last),
+        "embeddings": assignment.embeddings,
     }
 
 
 def read_assignment(data: Mapping[str, Any]) -> Assignment:
     """Return the assignment that plain data describe; ``keep`` and a bare name are how they were once written."""
     if "definition" not in data:
-        return make_assignment(data["scheme"], keep=data.get("keep", ()))
+        return replace(make_assignment(data["scheme"], keep=data.get("keep", ())), embeddings=False)
     return Assignment(
         read_scheme(data["definition"]),
         {pattern: read_scheme(scheme) for pattern, scheme in data["layers"].items()},
         None if data["first_last"] is None else read_scheme(data["first_last"]),
+        data.get("embeddings", False),
     )

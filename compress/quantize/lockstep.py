@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from compress.errors import DataError
 from compress.quantize.channels import CONVOLUTIONS, LINEAR
+from compress.quantize.embeddings import look_up_floats
 from compress.surgery import Captured
 
 __all__ = ["Layer", "Side", "evaluation", "float_twin", "lockstep", "quantized_layers"]
@@ -66,6 +67,7 @@ def float_twin(prepared: Captured) -> Captured:
             switch: Any = getattr(module, name, None)
             if switch is not None:
                 switch[0] = 0
+    look_up_floats(twin.graph_module)
     return twin
 
 

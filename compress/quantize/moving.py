@@ -53,13 +53,13 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         return self._round(x)
 
     def _kernel(self, x: Tensor) -> Tensor:
-        """Leave all to the fused kernel, which makes NaN of values where their range is not finite."""
+        """Leave all to the fused kernel, but for NaN, of which it makes an integer where ranges stand still."""
         observer = self.activation_post_process
         buffers = observer.min_val, observer.max_val, self.scale, self.zero_point
         before = [buffer.clone() for buffer in buffers]
         rounded: Tensor = super().forward(x)
         keep_finite(buffers, before)
-        return rounded
+        return torch.where(x.isnan(), x, rounded)
 
     def _narrow(self) -> bool:
         """Make steps as small as the range asks, where the kernel has made larger ones; say whether it had."""

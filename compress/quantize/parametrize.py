@@ -66,7 +66,8 @@ def parametrize(network: nn.Module, assignment: Assignment) -> nn.Module:
     check_schemes(assignment)
     layers = {name: module for name, module in network.named_modules() if _axis(module) is not None}
     tables = [name for name, module in network.named_modules() if isinstance(module, nn.Embedding)]  # stay in floats
-    schemes = assignment.resolve(list(layers), tables)
+    anywhere = [name for name, _ in network.named_modules()] if any(s.attention for s in assignment.schemes) else []
+    schemes = assignment.resolve(list(layers), tables, anywhere)
     chosen = {name: schemes[name] for name, module in layers.items() if _fits(module, schemes[name])}
     if not chosen:
         raise CaptureError(

@@ -22,7 +22,7 @@ from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
 from compress.quantize.parametrize import make_permanent, parametrize
-from compress.quantize.quantizer import make_quantizer, resolve_layers, without_dynamic_notes
+from compress.quantize.quantizer import make_quantizer, resolve_layers, rounds_attention, without_dynamic_notes
 from compress.quantize.schemes import Scheme
 from compress.quantize.specs import guard_ranges
 from compress.surgery import Captured, Edit, capture
@@ -83,8 +83,10 @@ def prepare(
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
     normalize(captured.graph_module)
     schemes = resolve_layers(scheme, captured.graph_module)
-    spell_out_attention(captured.graph_module, schemes)
-    round_embeddings(captured.graph_module, schemes)
+    if rounds_attention(scheme):
+        spell_out_attention(captured.graph_module, schemes)
+    if scheme.embeddings:
+        round_embeddings(captured.graph_module, schemes)
     quantizer = make_quantizer(scheme.scheme, schemes, captured.graph_module)
     _check_norms(captured.graph_module)
     norms = _norm_constants(captured.graph_module)

@@ -15,7 +15,7 @@ from compress.quantize.layers import Assignment
 from compress.quantize.schemes import FLOAT, Scheme
 from compress.quantize.specs import activation_spec, weight_spec, x86_config
 
-__all__ = ["make_quantizer", "resolve_layers", "without_dynamic_notes"]
+__all__ = ["make_quantizer", "resolve_layers", "rounds_attention", "without_dynamic_notes"]
 
 _LINEAR = torch.ops.aten.linear.default
 _NOTE = "quantization_annotation"
@@ -27,12 +27,16 @@ def resolve_layers(assignment: Assignment, graph_module: GraphModule) -> dict[st
     Raises:
         RecipeError: when a pattern matches no layer that could be quantised.
     """
-    rounds_both = _is_static(assignment.scheme) and any(scheme.attention for scheme in assignment.schemes)
     return assignment.resolve(
         list(map(layer_of, products(graph_module))),
         list(map(layer_of, lookups(graph_module))),
-        list(map(layer_of, activation_products(graph_module))) if rounds_both else [],
+        list(map(layer_of, activation_products(graph_module))) if rounds_attention(assignment) else [],
     )
+
+
+def rounds_attention(assignment: Assignment) -> bool:
+    """Say whether products of activations are rounded somewhere, which takes ranges for most layers."""
+    return _is_static(assignment.scheme) and any(scheme.attention for scheme in assignment.schemes)
 
 
 def make_quantizer(main: Scheme, schemes: Mapping[str, Scheme], graph_module: GraphModule) -> Any:

@@ -74,8 +74,10 @@ def prepared(net: nn.Module, scheme: Any = "int8_attention") -> Captured:
         {"is_causal": True},
         {"attn_mask": torch.arange(36).reshape(6, 6) % 5 != 1},
         {"attn_mask": torch.linspace(-1, 1, 36).reshape(6, 6)},
+        {"attn_mask": torch.arange(36).reshape(6, 6) > 11},
+        {"attn_mask": torch.zeros(6, 6).masked_fill(torch.arange(36).reshape(6, 6) < 12, -torch.inf)},
     ],
-    ids=["plain", "scaled", "causal", "masked", "biased"],
+    ids=["plain", "scaled", "causal", "masked", "biased", "rows_masked", "rows_masked_by_infinity"],
 )
 def test_spelt_out_it_computes_the_same(options: dict[str, Any]) -> None:
     net = network(**options)
@@ -87,6 +89,8 @@ def test_spelt_out_it_computes_the_same(options: dict[str, Any]) -> None:
     assert before - after == {torch.ops.aten.scaled_dot_product_attention.default}
     for num in (1, 5):
         torch.testing.assert_close(captured(tokens(num)), net(tokens(num)))
+    (gradient,) = torch.autograd.grad(captured(tokens()).sum(), net.qkv.weight)
+    torch.testing.assert_close(gradient, torch.autograd.grad(net(tokens()).sum(), net.qkv.weight)[0])
 
 
 def test_both_factors_of_both_products_are_rounded_as_by_hand() -> None:
@@ -134,6 +138,27 @@ def test_all_products_are_in_integers_however_written(kind: type[nn.Module]) -> 
     assert coverage(prepared(net, "int8_portable"), [tokens()]).share < 0.95
 
 
+@pytest.mark.parametrize("returns_weights", [False, True])
+def test_the_layer_of_pytorch_with_a_mask(returns_weights: bool) -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.triu(torch.full((6, 6), -torch.inf, device=x.device), 1)
+            return self.attention(x, x, x, attn_mask=mask, need_weights=returns_weights)[0]
+
+    torch.manual_seed(0)
+    net = Layer().eval()
+    fake = prepared(net)
+    assert coverage(fake, [tokens()]).share == 1.0
+    with torch.no_grad():
+        wanted = net(tokens())
+        assert (fake(tokens()) - wanted).norm() < 0.05 * wanted.norm()
+        assert torch.equal(convert(fake)(tokens()), fake(tokens()))
+
+
 def test_training_reaches_queries_through_the_rounding() -> None:
     net = network()
     fake = prepare(net.train(), (tokens()[:2],), "int8_attention").train()
@@ -171,8 +196,15 @@ def test_it_needs_ranges() -> None:
         Scheme("mine", "weights alone", activation_bits=None, attention=True)
 
 
-def test_engines_that_can_multiply_integers(tmp_path: Path) -> None:
-    fake = prepared(network())
+def test_it_is_left_alone_where_nothing_could_round_it() -> None:
+    mixed = make_assignment("int8_weights", layers={"*": "int8_attention"})
+    targets = {node.target for node in prepared(network(), mixed).graph_module.graph.nodes}
+    assert torch.ops.aten.scaled_dot_product_attention.default in targets
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"attn_mask": torch.arange(36).reshape(6, 6) > 11}])
+def test_engines_that_can_multiply_integers(tmp_path: Path, options: dict[str, Any]) -> None:
+    fake = prepared(network(**options))
     path = tmp_path / "artifact"
     export_artifact(
         export_program(convert(fake), (tokens()[:2],)),

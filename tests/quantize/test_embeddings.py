@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,14 @@ from torch import Tensor, nn
 import compress
 from compress.errors import RecipeError
 from compress.export import Gates, export_artifact
+from compress.export.graph import has_narrow_weights
+from compress.export.onnx_graph import mark_narrow
+from compress.export.onnx_translate import translate
 from compress.quantize import calibrate, convert, prepare
+from compress.quantize.calibrate import float_mode
 from compress.quantize.embeddings import round_vectors
-from compress.quantize.layers import Assignment, make_assignment
+from compress.quantize.layers import Assignment, make_assignment, read_assignment, write_assignment
+from compress.quantize.lockstep import float_twin
 from compress.runtime.manifest import read_manifest
 from compress.surgery import Captured
 from compress.surgery.capture import export_program
@@ -88,7 +94,12 @@ def test_integers_are_those_of_the_table_row_by_row() -> None:
 def test_training_sees_rounded_rows_and_moves_the_table() -> None:
     net = network()
     before = copy.deepcopy(net.words.weight.detach())
-    fake = prepare(net, (words()[:2],), "int8").train()
+    fake = prepare(net, (words()[:2],), make_assignment("int8", layers={"words": "w2a8"})).train()
+    twin = network()
+    with torch.no_grad(), float_mode(fake):
+        for table, largest in ((twin.words.weight, 1), (twin.places.weight, 127)):
+            table.copy_(round_vectors(table, largest))
+        torch.testing.assert_close(fake(words()), twin(words()))
     optimizer = torch.optim.SGD(fake.parameters(), lr=1.0)
     fake(words()).square().sum().backward()
     optimizer.step()
@@ -103,6 +114,74 @@ def test_layers_are_named_and_kept_like_others() -> None:
     assert kinds(convert(prepared(network(), make_assignment("fp8")))) == {"words.weight": torch.float}
     with pytest.raises(RecipeError, match=r"a product or a table, got 'word'.*: mix, head, places, words"):
         prepared(network(), make_assignment("int8", keep=["word"]))
+
+
+def test_patterns_for_few_bits_reach_tables_alone_when_they_name_them() -> None:
+    schemes = make_assignment("int8", layers={"*": "w2a8", "place*": "w3a8"}).resolve(["mix"], ["words", "places"])
+    assert {name: scheme.weight_bits for name, scheme in schemes.items()} == {"mix": 2, "words": 8, "places": 3}
+    wide = make_assignment("w4a8", layers={"*": "int8"}).resolve(["mix"], ["words"])
+    assert {scheme.name for scheme in wide.values()} == {"int8"}
+
+
+def test_runs_of_before_go_on_without() -> None:
+    data = write_assignment(make_assignment("int8"))
+    assert read_assignment(data).embeddings
+    for old in ({key: value for key, value in data.items() if key != "embeddings"}, {"scheme": "int8"}):
+        assert kinds(convert(prepared(network(), read_assignment(old)))) == {"words.weight": torch.float}
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 1.0}, {"_weight": torch.arange(900).reshape(300, 3), "_freeze": True}]
+)
+def test_what_changes_as_it_is_looked_up_and_integers_stay(options: dict[str, Any]) -> None:
+    class Other(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(VOCABULARY, 3, **options)
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x).float().mean(1))
+
+    made = prepared(Other().eval(), "int8")
+    assert round_vectors not in {node.target for node in made.graph_module.graph.nodes}
+
+
+def test_halves_and_tables_of_one_name() -> None:
+    rows = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    step = rows.abs().amax(-1, keepdim=True) / 127
+    assert ((rows / step).round() > 127).any()  # what would not be an int8
+    assert (round_vectors(rows, 127) / step).abs().max() <= 127.5
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.ModuleDict({"b": nn.Embedding(VOCABULARY, 4)})
+            self.a_b = nn.Embedding(VOCABULARY, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head((self.a["b"](x) + self.a_b(x)).mean(1))
+
+    torch.manual_seed(0)
+    fake = prepared(Two().eval(), "int8")
+    with torch.no_grad():
+        assert torch.equal(convert(fake)(words()), fake(words()))
+
+
+def test_corrections_compare_with_the_table_in_floats() -> None:
+    net = network()
+    fake = prepared(net, make_assignment("int8", layers={"words": "w2a8"}))
+    with torch.no_grad():
+        torch.testing.assert_close(float_twin(fake)(words()), net(words()))
+
+
+def test_tables_are_no_weights_that_could_overflow() -> None:
+    fake = prepared(network(), make_assignment("int8_reduced", layers={"words": "int8"}))
+    program = export_program(convert(fake), (words()[:2],))
+    assert has_narrow_weights(program)
+    assert mark_narrow(translate(program, target="onnxruntime"))
+    assert not has_narrow_weights(export_program(convert(prepared(network(), "int8")), (words()[:2],)))
 
 
 def test_the_first_layer_is_not_an_embedding() -> None:

@@ -91,6 +91,9 @@ def test_a_range_stays_where_extremes_are_not_finite(
     assert before["activation_post_process.max_val"] == 2
     got = fake(torch.tensor([bad, 1.0, -9.0]))
     assert got.isnan().any() or not math.isnan(bad)
+    fake.observer_enabled[0] = 0  # ranges stand still, late in a fit and in evaluation
+    assert fake(torch.tensor([bad, 1.0, -9.0])).isnan().any() or not math.isnan(bad)
+    fake.observer_enabled[0] = 1
     for name, value in fake.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert torch.allclose(fake(good), good, atol=0.01)
