@@ -227,25 +227,25 @@ def test_the_artefact_loads_wherever_the_process_ends(
             assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
 
 
-@pytest.mark.parametrize("failing", range(7))
-def test_files_that_cannot_be_moved_leave_the_artefact(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, failing: int
-) -> None:
+def test_files_that_cannot_be_moved_leave_the_artefact(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(copy, ["onnxruntime"])
     before = content(copy)
     moved: list[Path] = []
     move = conversion.os.replace
 
-    def replace(source: Path, place: Path) -> None:
-        moved.append(place)
-        if len(moved) == failing + 1:
-            raise OSError("full")
-        move(source, place)
+    for failing in range(7):
 
-    monkeypatch.setattr(conversion.os, "replace", replace)
-    with pytest.raises(OSError, match="full"):
-        convert(copy, ["onnxruntime"], seed=1, replace=True)
-    assert content(copy) == before
+        def replace(source: Path, place: Path, failing: int = failing) -> None:
+            moved.append(place)
+            if len(moved) == failing + 1:
+                raise OSError("full")
+            move(source, place)
+
+        moved.clear()
+        monkeypatch.setattr(conversion.os, "replace", replace)
+        with pytest.raises(OSError, match="full"):
+            convert(copy, ["onnxruntime"], seed=1, replace=True)
+        assert content(copy) == before, failing
 
 
 def test_the_reason_of_a_skipped_target_goes_once_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
