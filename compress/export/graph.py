@@ -35,6 +35,8 @@ LARGEST_NARROW = 64
 """The largest weight of 7 bits, either way."""
 
 _CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default}
+_ACTIVATIONS = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default, torch.ops.aten.gelu.default}
+"""What Inductor's integer kernels of matrix products take in."""
 
 
 def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
@@ -122,17 +124,20 @@ def widen_single_channels(graph_module: GraphModule) -> int:
 
 
 def spare_inputs(graph_module: GraphModule) -> int:
-    """Write sums of an input and a quantised product as ``product - (-input)``, in place; return how many.
+    """Write sums that Inductor would let a quantised product's kernel add as ``product - (-other)``, in place.
 
-    As a sum, Inductor lets the product's kernel add to the input where it lies, and the caller's tensor is overwritten
-    (seen with torch 2.13).
+    Where the other is an input, the caller's tensor would be overwritten; where an activation follows the product, its
+    pass fails, since the kernel has taken that in already (seen with torch 2.13, torchao 0.18).
+
+    Returns:
+        How many.
     """
     changed = 0
     for node in list(graph_module.graph.nodes):
         if node.target is not torch.ops.aten.add.Tensor or node.kwargs:
             continue
         for value, product in (node.args, node.args[::-1]):
-            if _is_input(value) and _is_quantized_linear(product):
+            if (_is_input(value) and _is_quantized_linear(product)) or _is_activated_linear(product):
                 with graph_module.graph.inserting_before(node):
                     negative = graph_module.graph.call_function(torch.ops.aten.neg.default, (value,))
                 node.target, node.args = torch.ops.aten.sub.Tensor, (product, negative)
@@ -284,6 +289,10 @@ def _is_quantized_linear(value: Any) -> bool:
         and value.target is torch.ops.aten.linear.default
         and all(map(_is_dequantized, value.args[:2]))
     )
+
+
+def _is_activated_linear(value: Any) -> bool:
+    return isinstance(value, Node) and value.target in _ACTIVATIONS and _is_quantized_linear(value.args[0])
 
 
 def _is_dequantized(node: Any) -> bool:

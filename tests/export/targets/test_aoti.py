@@ -128,6 +128,32 @@ def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeyp
     torch.testing.assert_close(found, converted(inputs), rtol=1e-4, atol=1e-4)
 
 
+class Gated(nn.Module):
+    """Adds what an activation gives to the layer's input, and to something else."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.activation = nn.Linear(16, 16), nn.Linear(16, 16), activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.activation(self.first(x))
+        return self.activation(self.second(x)) + x.sigmoid()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
+def test_sums_behind_activations_are_compiled(tmp_path: Path, activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    inputs = torch.randn(8, 16)
+    prepared = prepare(Gated(activation).eval(), [inputs[:2]], "int8_reduced")
+    calibrate(prepared, [(inputs,)])
+    program = export_program(convert(prepared.eval()), [inputs[:2]])
+    found = aoti.build(program, tmp_path / aoti.FILE)
+    assert (found.int8_kernels, found.float_kernels) == (2, 0)
+    with torch.no_grad():
+        outputs = make_engine("aoti", tmp_path / aoti.FILE)([inputs])[0]
+        torch.testing.assert_close(outputs, prepared(inputs), atol=0.03, rtol=0)
+
+
 def test_products_of_transposed_values_are_integers_whatever_the_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 6, 16)
