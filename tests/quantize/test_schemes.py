@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,8 @@ def test_written_down_with_its_schemes() -> None:
     mine = Scheme("mine", "3 bits", weight_bits=3, first_last="int8")
     assignment = make_assignment(mine, layers={"fc": "w2a8"}, keep=["stem"])
     assert read_assignment(write_assignment(assignment)) == assignment
-    assert read_assignment({"scheme": "int8", "keep": ["fc"]}) == make_assignment("int8", keep=["fc"])
+    once = replace(make_assignment("int8", keep=["fc"]), embeddings=False)  # which stayed in floats then
+    assert read_assignment({"scheme": "int8", "keep": ["fc"]}) == once
 
 
 def test_the_readme_lists_them() -> None:
