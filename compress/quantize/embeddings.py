@@ -73,11 +73,13 @@ def store_embeddings(graph_module: GraphModule) -> None:
     Args:
         graph_module: Converted, its parameters as they were trained.
     """
+    from compress.quantize.fake import constant_of
+
     graph, store = graph_module.graph, _Store(graph_module)
     for node in [node for node in graph.nodes if node.target is round_vectors]:
         lookup, largest = cast("tuple[Node, int]", node.args)
         table, indices = cast("tuple[Node, Node]", lookup.args[:2])
-        weight = _attribute(graph_module, table).detach()
+        weight = constant_of(graph_module, table)
         step = _step(weight, largest)
         with graph.inserting_before(node):
             integers = store(f"{table.target}_integers_{largest}", _integers(weight, step, largest).to(torch.int8))
@@ -111,12 +113,6 @@ def _step(rows: Tensor, largest: int) -> Tensor:
 
 def _integers(rows: Tensor, step: Tensor, largest: int) -> Tensor:
     return (rows / step).round().clamp(-largest, largest)  # in bfloat16, a quotient may be one more
-
-
-def _attribute(graph_module: GraphModule, node: Node) -> Tensor:
-    owner, _, leaf = str(node.target).rpartition(".")
-    value: Tensor = getattr(graph_module.get_submodule(owner), leaf)
-    return value
 
 
 class _Store:
