@@ -52,6 +52,8 @@ def why_not(requires: Mapping[str, Any]) -> str | None:
     missing = sorted(set(requires.get("flags", [])) - flags) if flags else []
     if missing:
         return f"this processor lacks {', '.join(missing[:6])}"
+    if "build" in requires and find_spec("torch") and metadata.version("torch") != requires["build"]:
+        return f"built with torch {requires['build']}, this is {metadata.version('torch')}"
     wanted = {**({"torch": requires["torch"]} if "torch" in requires else {}), **requires.get("versions", {})}
     for package, version in wanted.items():
         try:

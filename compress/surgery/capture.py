@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
 from compress.surgery.blame import layer_and_line
+from compress.surgery.devices import device_of, follow_device, move_constants
 from compress.surgery.lengths import LARGEST_BATCH, Length, dynamic_shapes
 from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
@@ -236,6 +237,17 @@ class Captured(nn.Module):
         """Set ``training``; the graph follows at the next call."""
         # Not recursive: exported submodules refuse .train(), and there is nothing in them that has a mode.
         self.training = mode
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Captured:
+        """Move with ``to`` and the like; what stands in the graph of the device moves along."""
+        old = device_of(self.graph_module)
+        super()._apply(fn, recurse)
+        move_constants(self.graph_module, fn)
+        new = device_of(self.graph_module)
+        if old is not None and new is not None and old != new:
+            follow_device(self.graph_module, old, new)
+            self.forget_taps()
         return self
 
     def sync_mode(self) -> None:

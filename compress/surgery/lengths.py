@@ -15,8 +15,8 @@ from compress.errors import CaptureError
 
 __all__ = ["LARGEST_BATCH", "Length", "dynamic_shapes", "lengths_of", "user_inputs"]
 
-LARGEST_BATCH = 65536
-"""Samples that a program takes at most, unless it is captured for fewer."""
+LARGEST_BATCH = 65535
+"""Samples that a program takes at most, unless it is captured for fewer: so many as cuDNN normalises at once."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -35,6 +36,9 @@ def twin_graph(graph_module: GraphModule) -> GraphModule:
         graph_module._buffers,
         graph_module._modules,
     )
+    for name, value in vars(graph_module).items():
+        if isinstance(value, Tensor):  # made by code, in no registry
+            vars(twin)[name] = value
     return twin
 
 

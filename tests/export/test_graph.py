@@ -69,7 +69,7 @@ def test_programs_without_narrow_convolutions_are_left_alone() -> None:
 
 def test_input_specs_say_what_is_dynamic() -> None:
     assert input_specs(quantized().program) == (TensorSpec("x", "float32", (None, 1, 8, 8)),)
-    assert largest_batch(quantized().program) == 65536
+    assert largest_batch(quantized().program) == 65535
 
 
 def test_a_fixed_batch_size_is_refused() -> None:

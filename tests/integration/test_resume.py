@@ -45,10 +45,13 @@ def build(seed: int = 0) -> Distiller:
     )
 
 
-def fit(module: Distiller, path: Path, resume: Path | None = None, extra: tuple[Any, ...] = ()) -> pl.Trainer:
+def fit(
+    module: Distiller, path: Path, resume: Path | None = None, extra: tuple[Any, ...] = (), accelerator: str = "cpu"
+) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=EPOCHS,
-        accelerator="cpu",
+        accelerator=accelerator,
+        devices=1,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -24,8 +24,11 @@ from compress.runtime.trust import sign
 from compress.surgery.capture import export_program
 
 pytestmark = pytest.mark.gpu
-COMPILED = ("aoti_cuda", "aoti_cuda_bf16", "aoti_cuda_fp16")
-PORTABLE = ("eager", "cuda_bf16", "cuda_fp16")
+COMPILED = (
+    *("aoti_cuda", "aoti_cuda_bf16", "aoti_cuda_fp16"),
+    *("inductor_cuda", "inductor_cuda_bf16", "inductor_cuda_fp16"),
+)
+PORTABLE = ("cuda_bf16", "cuda_fp16")
 ENGINES = ("eager_cuda", "cuda_bf16", "cuda_fp16", *COMPILED)
 LIMITS = {name: 0.05 if "bf16" in name else 0.01 if "fp16" in name else 1e-4 for name in ENGINES}
 KINDS = ("convolutions", "sentences", "lstm")
@@ -82,21 +85,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("artifacts")
 
 
-def artifact(folder: Path, kind: str) -> Path:
-    path = folder / kind
+def artifact(folder: Path, kind: str, targets: tuple[str, ...] = PORTABLE) -> Path:
+    path = folder / "_".join([kind, *targets])
     if not path.exists():
         made, inputs = network(kind)
         program = export_program(made, [value[:2] for value in inputs])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a target that is left out
-            manifest = export_artifact(program, path, targets=[*PORTABLE, *COMPILED], reference=made, held_out=inputs)
+            manifest = export_artifact(program, path, targets=["eager", *targets], reference=made, held_out=inputs)
         assert set(manifest.skipped) <= set(COMPILED)
     return path
 
 
 def served(folder: Path, kind: str, engine: str) -> CompactModel:
     """Load an engine; skip the test where the machine's torch cannot load what it compiles."""
-    path = artifact(folder, kind)
+    path = artifact(folder, kind, (engine,) if engine in COMPILED else PORTABLE)
     skipped = read_manifest(path).skipped
     if engine in skipped:
         pytest.skip(skipped[engine])
@@ -214,7 +217,7 @@ def test_threads_get_their_own(folder: Path, engine: str) -> None:
 
 def test_a_device_is_chosen(folder: Path) -> None:
     path = artifact(folder, "convolutions")
-    on_gpu = set(ENGINES) - set(read_manifest(path).skipped)
+    on_gpu = {"eager_cuda", *PORTABLE}
     assert set(load(path, "cuda").engines) == on_gpu
     assert load(path, "cpu").engines == ("eager",)
     assert set(load(path).engines) == {"eager", *on_gpu}
@@ -225,7 +228,7 @@ def test_a_device_is_chosen(folder: Path) -> None:
 @pytest.mark.parametrize("name", COMPILED)
 def test_kernels_are_in_the_manifest(folder: Path, name: str) -> None:
     served(folder, "convolutions", name)
-    target = read_manifest(artifact(folder, "convolutions")).targets[name]
+    target = read_manifest(artifact(folder, "convolutions", (name,))).targets[name]
     assert target.census["float_kernels"] >= 3, target.census
     assert target.requires["cuda"] == "{}.{}".format(*torch.cuda.get_device_capability())
 

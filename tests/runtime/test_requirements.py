@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 
 import pytest
 import torch
 
+from compress.export.targets import inductor_cuda
 from compress.runtime import requirements
 from compress.runtime.requirements import cuda_requirements, native_requirements, why_not
 
@@ -12,6 +14,12 @@ from compress.runtime.requirements import cuda_requirements, native_requirements
 def test_this_machine_meets_its_own_requirements() -> None:
     assert why_not(native_requirements()) is None
     assert why_not({}) is None
+
+
+def test_what_inductor_compiled_needs_the_very_same_torch() -> None:
+    build = {"build": inductor_cuda.requires()["build"]}
+    assert why_not(build) is None
+    assert f"built with torch 2.0.1, this is {version('torch')}" == why_not({"build": "2.0.1"})
 
 
 @pytest.mark.parametrize(

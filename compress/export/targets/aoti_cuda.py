@@ -10,20 +10,14 @@ from torch.export import ExportedProgram
 
 from compress.errors import ExportSkippedError
 from compress.export.apart import why_not_loaded
-from compress.export.graph import drop_assertions
-from compress.export.precision import in_precision
+from compress.export.for_gpu import for_gpu
 from compress.export.targets import Census
 from compress.export.targets.aoti import check_compiler, compile_package
-from compress.measure.machine import has_cuda
-from compress.runtime.engines.eager_cuda import mixes_samples
 from compress.runtime.requirements import cuda_requirements
-from compress.surgery.capture import export_program
 
 __all__ = ["FILE", "build", "build_in", "requires"]
 
 FILE = "model.aoti_cuda.pt2"
-
-_TYPICAL_BATCH = 32  # kernels fit any batch; this is what they are chosen for
 
 
 def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
@@ -44,33 +38,18 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_au
         ExportSkippedError: when there is no GPU or no compiler, torch cannot load what it has compiled, the
             program is quantised, or its samples see each other, since small batches are filled up when served.
     """
-    program = in_precision(program, dtype)
-    if mixes_samples(program.graph_module):
-        raise ExportSkippedError(
-            "aoti_cuda: expected a network whose samples do not see each other, got a reduction over the batch. "
-            "Leave the target out."
-        )
-    if not (has_cuda() and torch.cuda.is_available()):
-        raise ExportSkippedError(
-            "aoti_cuda: expected a GPU that CUDA sees, got none. Export on a machine with one, or leave the target out."
-        )
+    program, few = for_gpu("aoti_cuda", program, dtype)
     check_compiler()
-    from torch.export.passes import move_to_device_pass
-
-    args, _ = program.example_inputs
-    few = [tensor[:1].expand(_TYPICAL_BATCH, *tensor.shape[1:]).contiguous() for tensor in args]
-    program = export_program(program.module(check_guards=False), few)
-    drop_assertions(program)
     # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.
     settings = {"force_layout_optimization": True, "max_autotune": max_autotune}
-    census = compile_package(move_to_device_pass(program, "cuda"), path, settings)
+    census = compile_package(program, path, settings)
     # Seen with torch 2.11 on an H200: its loader crashes, whatever the network.
     reason = why_not_loaded("aoti_cuda", path, few)
     if reason is not None:
         path.unlink()
         raise ExportSkippedError(
             f"aoti_cuda: expected a package that torch {torch.__version__} can load here, got: {reason}. "
-            "Leave the target out, or try another version of torch."
+            "Take inductor_cuda, or try another version of torch."
         )
     return census
 

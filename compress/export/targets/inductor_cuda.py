@@ -1,0 +1,108 @@
+"""What Inductor compiles for the GPU of this machine, called from Python, in float32.
+
+The same kernels as those of AOTInductor, without C++ around them, which torch cannot load everywhere (``aoti_cuda``).
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+from compress.errors import ExportSkippedError
+from compress.export.for_gpu import for_gpu
+from compress.export.targets import Census
+from compress.runtime.requirements import cuda_requirements
+
+__all__ = ["FILE", "build", "build_in", "compile_artifact", "requires"]
+
+FILE = "model.inductor_cuda.pt"
+
+# Calls from the generated code into torch's kernels, and Inductor's own matrix products.
+_KERNELS = re.compile(
+    r"extern_kernels\.\w*(?:convolution|addmm|bmm|mm)\w*(?=\()|"
+    r"torch\.ops\.aten\.\w*(?:convolution|scaled_dot_product|cudnn_rnn)\w*(?=\.\w+\()|"
+    r"(?:\btriton_tem_\w+(?=\.run\())"
+)
+
+
+def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
+    """Compile the program into one file, and count its kernels, as ``build_in`` does."""
+    return build_in(torch.float32, program, path, max_autotune=max_autotune)
+
+
+def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
+    """Compile the program in a precision; its inputs and outputs stay in float32.
+
+    Args:
+        dtype: What it computes in.
+        program: Not quantised.
+        path: Of the file.
+        max_autotune: Let Inductor measure several kernels for each matrix product and convolution, which takes minutes.
+
+    Raises:
+        ExportSkippedError: when there is no GPU, Inductor cannot keep what it has compiled, the program is quantised,
+            or its samples see each other, since small batches are filled up when served.
+    """
+    program, _ = for_gpu("inductor_cuda", program, dtype)
+    return compile_artifact(program, path, max_autotune=max_autotune)
+
+
+def compile_artifact(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
+    """Compile a program for the device it is on, and write what came out and its weights into one file.
+
+    Args:
+        program: On one device, captured with the batch that kernels are chosen for.
+        path: Of the file.
+        max_autotune: As for ``build_in``.
+
+    Raises:
+        ExportSkippedError: when Inductor cannot keep what it has compiled.
+    """
+    program = program.run_decompositions({})
+    graph_module = program.graph_module
+    held = {**program.state_dict, **program.constants}
+    kept = [spec for spec in program.graph_signature.input_specs if spec.kind != InputKind.USER_INPUT]
+    values = [held[str(spec.target)].detach() for spec in kept]
+    places = graph_module.graph.find_nodes(op="placeholder")
+    examples = [node.meta["val"] for node in places]
+    for index, node in enumerate(places[: len(values)]):
+        if values[index].dim() == 4 and any("conv" in str(user.target) for user in node.users):
+            # As kernels take them; otherwise they would be turned at every call.
+            values[index] = values[index].contiguous(memory_format=torch.channels_last)
+            examples[index] = examples[index].contiguous(memory_format=torch.channels_last)
+    for node in graph_module.graph.output_node().all_input_nodes:
+        node.meta["example_value"] = node.meta["val"]  # where it looks for what varies: else every size would
+    # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.
+    settings = {"force_layout_optimization": True, "max_autotune": max_autotune}
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        compiled = torch._inductor.standalone_compile(
+            graph_module, examples, dynamic_shapes="from_graph", options={"config_patches": settings}
+        )
+        try:
+            compiled.save(path=f"{folder}/sources", format="unpacked")
+            compiled.save(path=f"{folder}/compiled", format="binary")
+        except (AssertionError, RuntimeError) as error:  # some operator that its cache does not take
+            raise ExportSkippedError(
+                f"inductor_cuda: expected code that torch {torch.__version__} can keep in a file, got: {error}. Leave "
+                "the target out."
+            ) from error
+        found = Counter[str]()
+        for source in Path(folder, "sources").rglob("*.py"):
+            found.update(_KERNELS.findall(source.read_text()))
+        content = bytearray(Path(folder, "compiled").read_bytes())
+    values = [value.cpu() for value in values]
+    torch.save({"compiled": torch.frombuffer(content, dtype=torch.uint8), "values": values}, path)
+    return Census(0, found.total(), dict(found))
+
+
+def requires() -> dict[str, Any]:
+    """Return what a machine needs: the same kind of GPU, and the very same torch."""
+    return {**cuda_requirements(), "build": version("torch")}

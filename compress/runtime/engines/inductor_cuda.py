@@ -1,0 +1,58 @@
+"""What Inductor has compiled for one kind of GPU, its kernels called from Python."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import MissingPackageError
+from compress.runtime.engines.on_cuda import OnCUDA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["PACKAGES", "load_artifact", "make"]
+
+PACKAGES = ("torch",)
+RUNS_CODE = True
+DEVICE = "cuda"
+
+
+def make(path: Path, num_threads: int | None) -> OnCUDA:
+    """Load the file onto the first GPU that is visible. Loading runs code: only from a trusted source."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackageError("torch", "all") from error
+    torch.cuda.init()
+    if torch.cuda.current_device() != 0:
+        raise RuntimeError(
+            f"{path.name}: expected the first GPU, for which it was compiled, got number "
+            f"{torch.cuda.current_device()}. Choose one by CUDA_VISIBLE_DEVICES."
+        )
+    return OnCUDA(load_artifact(path, "cuda"))
+
+
+def load_artifact(path: Path, device: str) -> Callable[[Sequence[Tensor]], list[Tensor]]:
+    """Return what runs a file on the device it was compiled for.
+
+    Args:
+        path: Of a target ``inductor_...``.
+        device: ``"cuda"``, or the device that it was compiled for.
+    """
+    import torch
+    import torch._inductor
+
+    content = torch.load(path, weights_only=True)
+    values = [value.to(device) for value in content["values"]]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "compiled")
+        file.write_bytes(content["compiled"].numpy().tobytes())
+        compiled: Any = torch._inductor.CompiledArtifact.load(path=str(file), format="binary")
+
+    def run(inputs: Sequence[Tensor]) -> list[Tensor]:
+        return list(compiled(*values, *inputs))
+
+    return run

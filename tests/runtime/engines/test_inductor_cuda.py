@@ -1,0 +1,40 @@
+"""What Inductor compiles, kept in a file and loaded by another process: on the CPU the same code is at work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from compress.export.targets.inductor_cuda import compile_artifact
+from compress.runtime.engines.inductor_cuda import load_artifact
+from compress.surgery.capture import export_program
+from tests.export.programs import floating
+
+LOAD = """
+import sys
+import torch
+from pathlib import Path
+from compress.runtime.engines.inductor_cuda import load_artifact
+inputs, wanted = torch.load(sys.argv[2], weights_only=True)
+run = load_artifact(Path(sys.argv[1]), "cpu")
+with torch.no_grad():
+    for num in (1, 3, 7, len(inputs)):
+        assert torch.allclose(run([inputs[:num]])[0], wanted[:num], rtol=1e-4, atol=1e-5), num
+"""
+
+
+def test_another_process_runs_what_was_compiled(tmp_path: Path) -> None:
+    _, reference, inputs = floating()
+    inputs = inputs[:20]
+    program = export_program(reference, [inputs[:4]])
+    census = compile_artifact(program, tmp_path / "file.pt")
+    assert census.float_kernels >= 2, census
+    with torch.no_grad():
+        wanted = reference(inputs)
+        assert torch.allclose(load_artifact(tmp_path / "file.pt", "cpu")([inputs])[0], wanted, rtol=1e-4, atol=1e-5)
+    torch.save((inputs, wanted), tmp_path / "expected.pt")
+    words = [sys.executable, "-c", LOAD, str(tmp_path / "file.pt"), str(tmp_path / "expected.pt")]
+    subprocess.run(words, check=True, env={"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "other")})
