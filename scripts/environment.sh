@@ -59,7 +59,8 @@ print(hashlib.sha256(b"\0".join([*(Path(p).read_bytes() for p in sys.argv[2:]), 
     )"
     if [[ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]]; then
         heading "Install compress[$extras] (several minutes the first time)"
-        "$python" -m pip install -q -q --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$extras]"
+        # Modules are compiled as they are imported, not all that there are.
+        "$python" -m pip install -q -q --no-compile --disable-pip-version-check -c "$root/constraints.txt" -e "$root[$extras]"
         printf '%s\n' "$wanted" >"$stamp"
     fi
     export PATH="$venv/bin:$PATH" VIRTUAL_ENV="$venv"

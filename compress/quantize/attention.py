@@ -51,6 +51,8 @@ def spell_out_attention(graph_module: GraphModule, schemes: Mapping[str, Scheme]
             continue
         with graph_module.graph.inserting_before(node):
             replace(node, _spelt_out(node) if node.target is _ATTENTION else _sum(node))
+    for node in graph_module.graph.find_nodes(op="call_function", target=_aten.view.default):
+        node.target = _aten.reshape.default  # products lie otherwise in memory than what the one operator gives
     graph_module.graph.eliminate_dead_code()
     tag(graph_module)
     graph_module.recompile()

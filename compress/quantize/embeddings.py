@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from compress.quantize.annotate import layer_of, lookups
+from compress.quantize.normalize import constant_of
 from compress.quantize.schemes import Scheme
 
 __all__ = ["look_up_floats", "round_embeddings", "round_vectors", "store_embeddings"]
@@ -73,8 +74,6 @@ def store_embeddings(graph_module: GraphModule) -> None:
     Args:
         graph_module: Converted, its parameters as they were trained.
     """
-    from compress.quantize.fake import constant_of
-
     graph, store = graph_module.graph, _Store(graph_module)
     for node in [node for node in graph.nodes if node.target is round_vectors]:
         lookup, largest = cast("tuple[Node, int]", node.args)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 from torchao.quantization.pt2e import FakeQuantize, PerChannelMinMaxObserver
 
 from compress.quantize.finite import keep_finite, known
+from compress.quantize.normalize import constant_of
 from compress.quantize.rounding import round_rows, round_to_steps
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "LeastSquaresObserver",
     "RangeFakeQuantize",
     "best_scale",
-    "constant_of",
     "scale_of",
     "write_clips",
 ]
@@ -260,21 +259,6 @@ class Float8FakeQuantize(RangeFakeQuantize):
         if not self.is_per_channel:
             return self.scale.reshape(())
         return self.scale.reshape([-1 if axis == self.ch_axis else 1 for axis in range(num_dimensions)])
-
-
-def constant_of(graph_module: GraphModule, node: Any) -> Tensor:
-    """Compute a node that depends on stored tensors alone: a weight, BatchNorm folded in or not."""
-    if not isinstance(node, Node):
-        return node  # type: ignore[no-any-return]
-    if node.op == "get_attr":
-        owner, _, leaf = str(node.target).rpartition(".")
-        value: Tensor = getattr(graph_module.get_submodule(owner), leaf).detach()
-        return value
-    assert callable(node.target)
-    args = map_arg(node.args, lambda source: constant_of(graph_module, source))
-    kwargs = map_arg(node.kwargs, lambda source: constant_of(graph_module, source))
-    computed: Tensor = node.target(*args, **kwargs)
-    return computed
 
 
 def write_clips(graph_module: GraphModule) -> None:

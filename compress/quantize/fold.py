@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from compress.quantize.factors import factor_as_it_is
-from compress.quantize.normalize import parameters_alone
+from compress.quantize.normalize import constant_of, parameters_alone
 
 __all__ = ["drop_unused", "fold_into_scales", "fold_norms", "hide_norms", "run_folded", "show_norms", "store_weights"]
 
@@ -46,11 +46,13 @@ def fold_norms(graph_module: GraphModule) -> None:
         fake: Any = convolution.args[1]
         scaled = fake.args[0]
         factor_as_it_is(scaled.args[1])
-        _, gamma, beta, mean, var, _, _, eps, *_ = [_value(graph_module, value) for value in [None, *norm.args[1:]]]
+        _, gamma, beta, mean, var, _, _, eps, *_ = [
+            constant_of(graph_module, value) for value in [None, *norm.args[1:]]
+        ]
         scale = gamma / torch.sqrt(var + eps)
-        inner = _value(graph_module, bias) if bias is not None else 0
+        inner = constant_of(graph_module, bias) if bias is not None else 0
         with graph_module.graph.inserting_before(scaled):
-            weight = _stored(graph_module, scaled, _value(graph_module, scaled))
+            weight = _stored(graph_module, scaled, constant_of(graph_module, scaled))
         fake.update_arg(0, weight)
         with graph_module.graph.inserting_before(convolution):
             folded = _stored(graph_module, norm, beta + (inner - mean) * scale)
@@ -100,13 +102,13 @@ def fold_into_scales(graph_module: GraphModule) -> None:
     for norm in [node for node in graph_module.graph.nodes if node.target is _aten.batch_norm.default]:
         layer: Any = norm.args[0]
         _, gamma, beta, mean, var, training, _, eps, *_ = [
-            _value(graph_module, given) for given in (None, *norm.args[1:])
+            constant_of(graph_module, given) for given in (None, *norm.args[1:])
         ]
         if training or mean is None or not _multiplies_integers(layer):
             continue
         integers, scale, zero, axis, low, *kind = layer.args[1].args
-        q, s = _value(graph_module, integers), _value(graph_module, scale).double()
-        bias = _value(graph_module, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else 0
+        q, s = constant_of(graph_module, integers), constant_of(graph_module, scale).double()
+        bias = constant_of(graph_module, layer.args[2]) if len(layer.args) > 2 and layer.args[2] is not None else 0
         f = (1 if gamma is None else gamma.double()) / torch.sqrt(var.double() + eps)
         sign = f.sign().view([-1 if dim == axis else 1 for dim in range(q.dim())])
         if bool(((sign < 0) & (q == low)).any()):
@@ -135,7 +137,7 @@ def store_weights(graph_module: GraphModule) -> None:
         source = node.args[0]
         if source.op != "get_attr":
             with graph_module.graph.inserting_before(node):
-                node.update_arg(0, _stored(graph_module, source, _value(graph_module, source)))
+                node.update_arg(0, _stored(graph_module, source, constant_of(graph_module, source)))
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
 
@@ -207,16 +209,3 @@ def _stored(graph_module: GraphModule, like: Node, value: Tensor) -> Node:
     node = graph_module.graph.get_attr(name)
     node.meta = dict(like.meta)
     return node
-
-
-def _value(graph_module: GraphModule, value: Any) -> Any:
-    """Compute what follows from parameters alone."""
-    if not isinstance(value, Node):
-        return value
-    if value.op == "get_attr":
-        owner, _, leaf = str(value.target).rpartition(".")
-        return getattr(graph_module.get_submodule(owner), leaf)
-    args = torch.fx.map_arg(value.args, lambda source: _value(graph_module, source))
-    kwargs = torch.fx.map_arg(value.kwargs, lambda source: _value(graph_module, source))
-    with torch.no_grad():
-        return value.target(*args, **kwargs)  # type: ignore[operator]

@@ -13,12 +13,14 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 __all__ = [
     "REWRITINGS",
+    "constant_of",
     "drop_neutral",
     "emit",
     "flatten_series",
@@ -166,6 +168,21 @@ def tag(graph_module: GraphModule) -> None:
             node.meta["source_fn_stack"] = [(node.name, _name(node))]
         else:
             node.meta.pop("source_fn_stack", None)  # else parameters would be layers of their own
+
+
+def constant_of(graph_module: GraphModule, node: Any) -> Tensor:
+    """Compute a node that depends on stored tensors alone: a weight, BatchNorm folded in or not."""
+    if not isinstance(node, Node):
+        return node  # type: ignore[no-any-return]
+    if node.op == "get_attr":
+        owner, _, leaf = str(node.target).rpartition(".")
+        value: Tensor = getattr(graph_module.get_submodule(owner), leaf).detach()
+        return value
+    assert callable(node.target)
+    args = map_arg(node.args, lambda source: constant_of(graph_module, source))
+    kwargs = map_arg(node.kwargs, lambda source: constant_of(graph_module, source))
+    computed: Tensor = node.target(*args, **kwargs)
+    return computed
 
 
 def parameters_alone(graph_module: GraphModule) -> set[Node]:

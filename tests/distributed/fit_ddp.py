@@ -1,8 +1,9 @@
-"""Run by test_ddp.py: a fit on two processes that prunes, then quantises; each rank writes what it ended with.
+"""Run by test_ddp.py and test_ranks.py: fits on two processes; each rank writes what it ended with.
 
-Gradients are accumulated over two batches, and an average of the weights follows. With ``learn_steps`` after the
-folder, nothing is pruned, and steps are learned under bfloat16; with ``after``, nothing is pruned, and the network is
-quantised after training; with ``fallback``, one that cannot be captured is pruned and rounded layer by layer.
+Gradients are accumulated over two batches, and an average of the weights follows. What the words after the folder name:
+``edits`` prunes, then quantises; for ``learn_steps`` nothing is pruned, and steps are learned under bfloat16; for
+``after`` nothing is pruned, and the network is quantised after training; for ``fallback`` one that cannot be captured
+is pruned and rounded layer by layer.
 """
 
 from __future__ import annotations
@@ -53,8 +54,10 @@ def num_apart(pl_module: pl.LightningModule, tensors: Iterable[torch.Tensor]) ->
     return int((both[0] != both[1]).sum())
 
 
-def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False, after: bool = False) -> None:
+def main(folder: Path, kind: str) -> None:
     pl.seed_everything(0, verbose=False)
+    folder.mkdir(exist_ok=True)
+    learn_steps, fallback, after = (kind == name for name in ("learn_steps", "fallback", "after"))
     quantize: dict[str, Any] = {"start": 0.6, "freeze_batchnorm": 0.9, "learn_steps": learn_steps}
     if after:
         quantize = {"start": 1, "improve": ["equalize", "adaround", "bias"], "num_batches": 2}
@@ -107,4 +110,5 @@ def main(folder: Path, *, learn_steps: bool = False, fallback: bool = False, aft
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), **dict.fromkeys(sys.argv[2:], True))
+    for word in sys.argv[2:]:
+        main(Path(sys.argv[1], word), word)

@@ -13,16 +13,16 @@ import torch
 ROOT = Path(__file__).parent.parent.parent
 
 
-def fit(folder: Path, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what each rank ended with; nothing may be apart while weights are trained.
+def fit(folder: Path, *kinds: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return what each rank ended with, by the kind of fit; nothing may be apart while weights are trained.
 
     Args:
         folder: Where the ranks write.
-        words: For ``fit_ddp.py``.
+        kinds: For ``fit_ddp.py``, one fit after the other.
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.fit_ddp", str(folder), *words],
+        [sys.executable, "-m", "tests.distributed.fit_ddp", str(folder), *kinds],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -31,6 +31,10 @@ def fit(folder: Path, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    return {kind: _ended(folder / kind) for kind in kinds}
+
+
+def _ended(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
     assert max(first["apart"]) == 0
     assert first["history"] == second["history"]

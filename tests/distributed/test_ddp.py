@@ -10,7 +10,7 @@ from tests.distributed.ranks import fit
 
 
 def test_ranks_stay_equal_through_pruning_and_quantization(tmp_path: Path) -> None:
-    first, second = fit(tmp_path)
+    first, second = fit(tmp_path, "edits")["edits"]
     assert sorted(set(first["edits"])) == [0, 1, 2, 3, 4]  # each edit with steps of its own
     assert [edit["kind"] for edit in first["history"]] == ["prune"] * 3 + ["quantize"]
     assert len(first["statistics"]) >= 4

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.export import ExportedProgram
 
 from compress.errors import ArtifactError, CompressError, ExportError
 from compress.export import Gates, conversion, convert, export_artifact
@@ -39,6 +40,25 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def copy(portable: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(portable, tmp_path / "copy"))
+
+
+@pytest.fixture
+def built_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Build the ONNX file of ``portable`` once for all tests that are about what happens to files."""
+    monkeypatch.setattr(onnxruntime, "build", _build)
+
+
+_FILES: dict[int, tuple[Any, bytes]] = {}
+_build_anew = onnxruntime.build
+
+
+def _build(program: ExportedProgram, path: Path) -> Any:
+    key = len(program.graph.nodes)
+    if key not in _FILES:
+        _FILES[key] = _build_anew(program, path), path.read_bytes()
+    census, file = _FILES[key]
+    path.write_bytes(file)
+    return census
 
 
 def content(directory: Path) -> dict[str, bytes]:
@@ -106,6 +126,7 @@ def test_random_tokens_are_rows_of_the_embedding_and_masks_are_never_empty(tmp_p
     assert (found["inputs"], found["num_samples"]) == ("given", 20)
 
 
+@pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize(
     ("targets", "arguments", "message"),
     [
@@ -132,6 +153,7 @@ def test_a_mistake_is_one_error_and_changes_nothing(
     assert content(copy) == before
 
 
+@pytest.mark.usefixtures("built_once")
 def test_what_is_there_is_replaced_only_when_asked(copy: Path) -> None:
     convert(copy, ["onnxruntime"])
     before = content(copy)
@@ -149,6 +171,7 @@ def test_a_missing_package_is_named(copy: Path, monkeypatch: pytest.MonkeyPatch)
         convert(copy, ["onnxruntime"])
 
 
+@pytest.mark.usefixtures("built_once")
 def test_an_artefact_without_the_portable_program_says_so(copy: Path) -> None:
     convert(copy, ["onnxruntime"])
     edit(copy, lambda manifest: manifest["targets"].pop("eager"))
@@ -173,6 +196,7 @@ def test_another_network_of_the_same_name_is_refused(copy: Path, tmp_path: Path)
         convert(copy, ["onnxruntime"])
 
 
+@pytest.mark.usefixtures("built_once")
 def test_from_elsewhere_only_with_trust(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "another-key"))
     before = content(copy)
@@ -198,6 +222,7 @@ def test_a_build_that_fails_half_way_leaves_the_artefact(
     assert content(copy) == before
 
 
+@pytest.mark.usefixtures("built_once")
 def test_the_artefact_loads_wherever_the_process_ends(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,6 +252,7 @@ def test_the_artefact_loads_wherever_the_process_ends(
             assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
 
 
+@pytest.mark.usefixtures("built_once")
 def test_files_that_cannot_be_moved_leave_the_artefact(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(copy, ["onnxruntime"])
     before = content(copy)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-FIT = ["fit", "digits", "--baseline", "false", "--teacher.max_epochs", "1", "--trainer.max_epochs", "8"]
+FIT = ["fit", "digits", "--baseline", "false", "--teacher.max_epochs", "1", "--trainer.max_epochs", "6"]
 FIT += ["--data.init_args.batch_size", "32", "--trainer.enable_progress_bar", "false"]
 for network in ("teacher.model", "student"):
     FIT += [f"--{network}.init_args.width", "8", f"--{network}.init_args.blocks", "[1, 1]"]

@@ -19,6 +19,7 @@ from torch.export.graph_signature import InputKind
 from compress.errors import ExportSkippedError
 from compress.export.for_gpu import for_gpu
 from compress.export.targets import Census
+from compress.runtime.engines.eager_cuda import reshape_views
 from compress.runtime.requirements import cuda_requirements
 
 __all__ = ["FILE", "build", "build_in", "compile_artifact", "requires"]
@@ -78,6 +79,7 @@ def compile_artifact(program: ExportedProgram, path: Path, *, max_autotune: bool
             # As kernels take them; otherwise they would be turned at every call.
             values[index] = values[index].contiguous(memory_format=torch.channels_last)
             examples[index] = examples[index].contiguous(memory_format=torch.channels_last)
+    reshape_views(graph_module)
     for node in graph_module.graph.output_node().all_input_nodes:
         node.meta["example_value"] = node.meta["val"]  # where it looks for what varies: else every size would
     # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.

@@ -13,7 +13,7 @@ from compress.runtime.engines.on_cuda import OnCUDA
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-__all__ = ["PACKAGES", "make", "mixes_samples", "put_channels_last"]
+__all__ = ["PACKAGES", "make", "mixes_samples", "put_channels_last", "reshape_views"]
 
 PACKAGES = ("torch",)
 RUNS_CODE = True
@@ -54,7 +54,6 @@ def put_channels_last(graph_module: GraphModule) -> GraphModule:
     """
     import torch
 
-    views = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
     turned = 0
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or str(node.target).split(".")[1:2] not in _CONVOLUTIONS:
@@ -67,11 +66,18 @@ def put_channels_last(graph_module: GraphModule) -> GraphModule:
             weight.data = weight.data.to(memory_format=torch.channels_last)
             turned += 1
     if turned:
-        for node in graph_module.graph.nodes:
-            if node.target in views:
-                node.target = torch.ops.aten.reshape.default
-        graph_module.recompile()
+        reshape_views(graph_module)
     return graph_module
+
+
+def reshape_views(graph_module: GraphModule) -> None:
+    """Let a program copy where values are no longer laid out as when it was captured, in place."""
+    import torch
+
+    for node in graph_module.graph.nodes:
+        if node.target in (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default):
+            node.target = torch.ops.aten.reshape.default
+    graph_module.recompile()
 
 
 def mixes_samples(graph_module: GraphModule) -> bool:

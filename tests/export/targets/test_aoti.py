@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compress.export import export_artifact
 from compress.export.targets import Census, ExportSkippedError, aoti
@@ -109,8 +110,6 @@ def test_without_vnni_integers_are_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(ExportSkippedError, match="aoti: expected a processor with VNNI for int8, got one without"):
         aoti.build(export_program(convert(prepared.eval()), [inputs[:2]]), tmp_path / aoti.FILE)
     assert not list(tmp_path.iterdir())
-    found = aoti.build(export_program(nn.Linear(16, 4).eval(), [inputs[:2]]), tmp_path / aoti.FILE)
-    assert (found.int8_kernels, found.float_kernels) == (0, 1)
 
 
 def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,26 +128,27 @@ def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeyp
 
 
 class Gated(nn.Module):
-    """Adds what an activation gives to the layer's input, and to something else."""
+    """Adds what activations give to the layer's input, and to something else."""
 
-    def __init__(self, activation: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.activation = nn.Linear(16, 16), nn.Linear(16, 16), activation
+        self.layers = nn.ModuleList([nn.Linear(16, 16) for _ in range(4)])
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.activation(self.first(x))
-        return self.activation(self.second(x)) + x.sigmoid()
+        for activation, (first, second) in ((F.relu, self.layers[:2]), (F.gelu, self.layers[2:])):
+            x = x + activation(first(x))
+            x = activation(second(x)) + x.sigmoid()
+        return x
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU(), nn.GELU()])
-def test_sums_behind_activations_are_compiled(tmp_path: Path, activation: nn.Module) -> None:
+def test_sums_behind_activations_are_compiled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 16)
-    prepared = prepare(Gated(activation).eval(), [inputs[:2]], "int8_reduced")
+    prepared = prepare(Gated().eval(), [inputs[:2]], "int8_reduced")
     calibrate(prepared, [(inputs,)])
     program = export_program(convert(prepared.eval()), [inputs[:2]])
     found = aoti.build(program, tmp_path / aoti.FILE)
-    assert (found.int8_kernels, found.float_kernels) == (2, 0)
+    assert (found.int8_kernels, found.float_kernels) == (4, 0)
     with torch.no_grad():
         outputs = make_engine("aoti", tmp_path / aoti.FILE)([inputs])[0]
         torch.testing.assert_close(outputs, prepared(inputs), atol=0.03, rtol=0)
