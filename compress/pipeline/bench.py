@@ -34,7 +34,7 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     metrics on the test split and with ``artifact_bytes``.
     """
     run.console.rule("[bold]bench[/]")
-    networks = {stage: run.network(stage)[0] for stage in run.stages()}
+    networks = {stage: (run.final if stage == "final" else run.network(stage))[0] for stage in run.stages()}
     served = load(run.artifact)
     engines = {name: load(run.artifact, engine=name) for name in served.engines}
     sample = _first(run, 1)

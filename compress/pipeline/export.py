@@ -36,7 +36,7 @@ def export(run: RunDirectory) -> None:
         ExportError: when an engine cannot run the scheme, or a target fails a gate; no artefact is left then.
     """
     run.console.rule("[bold]export[/]")
-    network, history = run.network("final")
+    network, history = run.final
     settings, data = run.recipe.export, run.recipe.data
     inputs = run.held_out
     quantized = next((read_assignment(edit.data) for edit in history if edit.kind == "quantize"), None)

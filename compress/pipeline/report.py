@@ -21,7 +21,7 @@ def report(run: RunDirectory) -> None:
     """Write ``report.json`` and ``report.html``, print the table and log it where the recipe says."""
     run.console.rule("[bold]report[/]")
     tested, measured = run.read_json("test"), run.read_json("bench")
-    history = run.network("final")[1]
+    _, history = run.final
     scheme = any(edit.kind == "quantize" for edit in history)
     names = {
         "teacher": "teacher",
@@ -85,8 +85,7 @@ def _curves(run: RunDirectory) -> dict[str, list[list[float]]]:
 
 def _widths(run: RunDirectory) -> list[dict[str, Any]]:
     before = widths(run.recipe.student)
-    stage = "pruned" if run.snapshot("pruned").exists() else "final"
-    after = widths(run.network(stage)[0])
+    after = widths(run.network("pruned")[0] if run.snapshot("pruned").exists() else run.final[0])
     return [{"layer": name, "before": before[name], "after": after[name]} for name in before if name in after]
 
 
@@ -125,7 +124,7 @@ def _notes(run: RunDirectory, tested: dict[str, Any]) -> list[str]:
 
 def _zeros(run: RunDirectory) -> str:
     """Say how many weights are zero in the end, and what that is good for."""
-    weights = {name: weight for name, weight in run.network("final")[0].named_parameters() if weight.dim() > 1}
+    weights = {name: weight for name, weight in run.final[0].named_parameters() if weight.dim() > 1}
     shares = {name: float((weight == 0).float().mean()) for name, weight in weights.items()}
     sparse = {name: share for name, share in shares.items() if share > 0}
     total = sum(shares[name] * weights[name].numel() for name in weights) / sum(w.numel() for w in weights.values())

@@ -129,9 +129,14 @@ class RunDirectory:
         return tuple(torch.cat(tensors)[:wanted] for tensors in zip(*batches))
 
     @cached_property
+    def final(self) -> tuple[nn.Module, History]:
+        """The network as it was trained to the end, in eval mode on the CPU, and its history; leave it as it is."""
+        return self.network("final")
+
+    @cached_property
     def deployed(self) -> nn.Module:
         """The final network in the form that is deployed: integers where it was quantised."""
-        network, history = self.network("final")
+        network, history = self.final
         if not history.count("quantize"):
             return network
         return deployed_form(network, [tensor[:2] for tensor in self.held_out])
