@@ -20,17 +20,17 @@ def move_constants(graph_module: GraphModule, move: Callable[[Tensor], Tensor]) 
         move: Returns a tensor where and as it shall be, as what ``nn.Module._apply`` takes.
     """
     for module in graph_module.modules():
-        for name, value in list(vars(module).items()):
-            if isinstance(value, Tensor):
-                setattr(module, name, move(value))
+        if isinstance(module, GraphModule):  # others keep tensors of their own where they want them
+            for name, value in list(vars(module).items()):
+                if isinstance(value, Tensor):
+                    setattr(module, name, move(value))
 
 
 def device_of(graph_module: GraphModule) -> torch.device | None:
     """Return the device of the graph's tensors, or ``None`` where it has none."""
-    for module in graph_module.modules():
-        for value in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
-            if isinstance(value, Tensor):
-                return value.device
+    for value in (*graph_module.parameters(), *graph_module.buffers(), *vars(graph_module).values()):
+        if isinstance(value, Tensor):
+            return value.device
     return None
 
 
