@@ -243,10 +243,11 @@ class Captured(nn.Module):
         """Move with ``to`` and the like; what stands in the graph of the device moves along."""
         old = device_of(self.graph_module)
         super()._apply(fn, recurse)
-        move_constants(self.graph_module, fn)
+        replaced = move_constants(self.graph_module, fn)
         new = device_of(self.graph_module)
         if old is not None and new is not None and old != new:
-            follow_device(self.graph_module, old, new)
+            replaced |= follow_device(self.graph_module, old, new)
+        if replaced:
             self.forget_taps()
         return self
 

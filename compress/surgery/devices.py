@@ -6,32 +6,50 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
 __all__ = ["device_of", "follow_device", "move_constants"]
 
 
-def move_constants(graph_module: GraphModule, move: Callable[[Tensor], Tensor]) -> None:
+def move_constants(graph_module: GraphModule, move: Callable[[Tensor], Tensor]) -> bool:
     """Replace the tensors that are no parameters and no buffers: those that code made on its way.
 
     Args:
-        graph_module: From ``torch.export``; changed in place, with the graphs inside it.
+        graph_module: From ``torch.export``; changed in place, with what is inside it.
         move: Returns a tensor where and as it shall be, as what ``nn.Module._apply`` takes.
+
+    Returns:
+        Whether anything has been replaced by another tensor.
     """
-    for module in graph_module.modules():
-        if isinstance(module, GraphModule):  # others keep tensors of their own where they want them
-            for name, value in list(vars(module).items()):
-                if isinstance(value, Tensor):
-                    setattr(module, name, move(value))
+    changed = False
+    for holder, name, value in _constants(graph_module):
+        moved = move(value)
+        changed |= moved is not value
+        setattr(holder, name, moved)
+    return changed
+
+
+def _constants(graph_module: GraphModule) -> list[tuple[nn.Module, str, Tensor]]:
+    # Export keeps them in graphs and in plain modules; observers have tensors of their own where they want them.
+    holders = [module for module in graph_module.modules() if isinstance(module, GraphModule) or _is_plain(module)]
+    return [
+        (holder, name, value)
+        for holder in holders
+        for name, value in list(vars(holder).items())
+        if isinstance(value, Tensor)
+    ]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Module
 
 
 def device_of(graph_module: GraphModule) -> torch.device | None:
     """Return the device of the graph's tensors, or ``None`` where it has none."""
-    for value in (*graph_module.parameters(), *graph_module.buffers(), *vars(graph_module).values()):
-        if isinstance(value, Tensor):
-            return value.device
-    return None
+    constants = [value for _, _, value in _constants(graph_module)]
+    tensors = [*graph_module.parameters(), *graph_module.buffers(), *constants]
+    return tensors[0].device if tensors else None
 
 
 def follow_device(graph_module: GraphModule, old: torch.device, new: torch.device) -> bool:

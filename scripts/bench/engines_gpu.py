@@ -26,6 +26,8 @@ from compress.export.passes import clean_up
 from compress.export.precision import in_precision
 from compress.export.targets import onnxruntime
 from compress.measure.latency import measure_latency
+from compress.runtime.manifest import read_manifest
+from compress.runtime.requirements import why_not
 from compress.surgery.capture import export_program
 
 ANY = Gates(max_relative_error=10.0, min_top1_agreement=0.0, min_int8_fraction=0.0)  # weights are random
@@ -62,6 +64,12 @@ def compared(name: str, precision: str, arguments: argparse.Namespace) -> list[R
     model = compress.load(path, "cuda")
     ours = {engine: compress.load(path, engine=engine) for engine in model.engines if engine != "eager_cuda"}
     rows.append(Row(f"{name}/{precision}", "load", time.perf_counter() - start, "s"))
+    there = read_manifest(path)
+    for engine in (f"cuda_{precision}", f"inductor_cuda_{precision}"):
+        if engine not in ours:
+            target = there.targets.get(engine)
+            reason = there.skipped.get(engine) if target is None else why_not(target.requires)
+            rows.append(Row(f"{name}/{precision}/{engine}", "p50_ms", None, "ms", reason or "does not load"))
     for batch in arguments.batches:
         rows += _at(f"{name}/b{batch}/{precision}", half, inputs(batch), ours, path.with_suffix(".onnx"), arguments)
     return rows
@@ -70,10 +78,8 @@ def compared(name: str, precision: str, arguments: argparse.Namespace) -> list[R
 def _built(network: nn.Module, data: list[Tensor], path: Path, name: str, precision: str) -> list[Row]:
     program = export_program(network, [value[:2] for value in data])
     targets, start = [f"cuda_{precision}", f"inductor_cuda_{precision}"], time.perf_counter()
-    manifest = export_artifact(program, path, targets=targets, reference=network, held_out=data, gates=ANY)
+    export_artifact(program, path, targets=targets, reference=network, held_out=data, gates=ANY)
     rows = [Row(f"{name}/{precision}", "export and check", time.perf_counter() - start, "s")]
-    for skipped, why in manifest.skipped.items():
-        rows.append(Row(f"{name}/{precision}/{skipped}", "p50_ms", None, "ms", why))
     if precision == "fp16":
         onnxruntime.build(in_precision(clean_up(program)[0], torch.float16), path.with_suffix(".onnx"))
     return rows

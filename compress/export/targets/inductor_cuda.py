@@ -5,6 +5,7 @@ The same kernels as those of AOTInductor, without C++ around them, which torch c
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Node
 
 from compress.errors import ExportSkippedError
 from compress.export.for_gpu import for_gpu
@@ -25,6 +27,9 @@ from compress.runtime.requirements import cuda_requirements
 __all__ = ["FILE", "build", "build_in", "compile_artifact", "requires"]
 
 FILE = "model.inductor_cuda.pt"
+
+# Its kernels count in 32 bits where they can at the batch of the capture, and what would guard that is not kept.
+_LARGEST_TENSOR = 2**30
 
 # Calls from the generated code into torch's kernels, and Inductor's own matrix products.
 _KERNELS = re.compile(
@@ -84,7 +89,10 @@ def compile_artifact(program: ExportedProgram, path: Path, *, max_autotune: bool
         node.meta["example_value"] = node.meta["val"]  # where it looks for what varies: else every size would
     # Convolutions run in channels-last; with a dynamic batch Inductor does not do so of itself.
     settings = {"force_layout_optimization": True, "max_autotune": max_autotune}
-    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    most = _LARGEST_TENSOR // max(_sizes(graph_module)) * _batch(places[len(values)])
+    # Kernels for matrix products and convolutions would have TF32 written into them.
+    exactly = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    with torch.no_grad(), exactly, tempfile.TemporaryDirectory() as folder:
         compiled = torch._inductor.standalone_compile(
             graph_module, examples, dynamic_shapes="from_graph", options={"config_patches": settings}
         )
@@ -101,8 +109,23 @@ def compile_artifact(program: ExportedProgram, path: Path, *, max_autotune: bool
             found.update(_KERNELS.findall(source.read_text()))
         content = bytearray(Path(folder, "compiled").read_bytes())
     values = [value.cpu() for value in values]
-    torch.save({"compiled": torch.frombuffer(content, dtype=torch.uint8), "values": values}, path)
+    compiled_bytes = torch.frombuffer(content, dtype=torch.uint8)
+    torch.save({"compiled": compiled_bytes, "values": values, "largest_batch": max(1, most)}, path)
     return Census(0, found.total(), dict(found))
+
+
+def _sizes(graph_module: GraphModule) -> list[int]:
+    """Return how many numbers each tensor has at the batch of the capture."""
+    found = [node.meta.get("val") for node in graph_module.graph.nodes]
+    return [math.prod(_number(size) for size in value.shape) for value in found if isinstance(value, torch.Tensor)]
+
+
+def _batch(node: Node) -> int:
+    return _number(node.meta["val"].shape[0])
+
+
+def _number(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 def requires() -> dict[str, Any]:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
+from compress.export.targets import inductor_cuda
 from compress.export.targets.inductor_cuda import compile_artifact
 from compress.runtime.engines.inductor_cuda import load_artifact
 from compress.surgery.capture import export_program
@@ -35,6 +37,19 @@ def test_another_process_runs_what_was_compiled(tmp_path: Path) -> None:
     with torch.no_grad():
         wanted = reference(inputs)
         assert torch.allclose(load_artifact(tmp_path / "file.pt", "cpu")([inputs])[0], wanted, rtol=1e-4, atol=1e-5)
+    assert torch.load(tmp_path / "file.pt", weights_only=True)["largest_batch"] == 2**30 // (4 * 2 * 6 * 6) * 4
     torch.save((inputs, wanted), tmp_path / "expected.pt")
     words = [sys.executable, "-c", LOAD, str(tmp_path / "file.pt"), str(tmp_path / "expected.pt")]
     subprocess.run(words, check=True, env={"PATH": "/usr/bin:/bin", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "other")})
+
+
+def test_a_batch_with_more_numbers_than_its_kernels_count_goes_in_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor_cuda, "_LARGEST_TENSOR", 12 * 8)  # the inputs' numbers, four at a time
+    reference = nn.Linear(8, 4).eval()
+    program, inputs = export_program(reference, [torch.ones(4, 8)]), torch.randn(30, 8)
+    compile_artifact(program, tmp_path / "file.pt")
+    assert torch.load(tmp_path / "file.pt", weights_only=True)["largest_batch"] == 12
+    with torch.no_grad():
+        torch.testing.assert_close(load_artifact(tmp_path / "file.pt", "cpu")([inputs])[0], reference(inputs))
