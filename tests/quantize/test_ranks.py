@@ -1,4 +1,4 @@
-"""Two gloo processes: what is learned from data in integers, or after training, is the same on both."""
+"""Two gloo processes: they stay equal through every edit, in integers and after training."""
 
 from __future__ import annotations
 
@@ -12,14 +12,27 @@ from torch import nn
 
 from compress.quantize import prepare
 from compress.quantize.ranks import follow_first_rank
-from tests.distributed.ranks import fit
+from tests.quantize.ranks import fit
 
 Ends = dict[str, tuple[dict[str, Any], dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Ends:
-    return fit(tmp_path_factory.mktemp("ranks"), "learn_steps", "fallback", "after")
+    return fit(tmp_path_factory.mktemp("ranks"), "edits", "learn_steps", "fallback", "after")
+
+
+def test_ranks_stay_equal_through_pruning_and_quantization(ends: Ends) -> None:
+    first, second = ends["edits"]
+    assert sorted(set(first["edits"])) == [0, 1, 2, 3, 4]  # each edit with steps of its own
+    assert [edit["kind"] for edit in first["history"]] == ["prune"] * 3 + ["quantize"]
+    assert len(first["statistics"]) >= 4
+    assert max(first["statistics"]) == 0  # after each batch, those between which gradients accumulate included
+    assert first["moments"] == len(first["state"])
+    for name, tensor in first["state"].items():
+        assert torch.equal(tensor, first["average"][name]), name  # in the end, the average is what was trained
+        assert torch.equal(tensor, second["average"][name]), name
+    assert first["state"]["conv1.weight"].shape == (16, 8, 3, 3)
 
 
 def test_learned_steps_are_equal_on_all_ranks(ends: Ends) -> None:

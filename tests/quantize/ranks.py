@@ -22,7 +22,7 @@ def fit(folder: Path, *kinds: str) -> dict[str, tuple[dict[str, Any], dict[str, 
     """
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.distributed.fit_ddp", str(folder), *kinds],
+        [sys.executable, "-m", "tests.quantize.fit_ddp", str(folder), *kinds],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Run by test_ddp.py and test_ranks.py: fits on two processes; each rank writes what it ended with.
+"""Run by test_ranks.py: fits on two processes; each rank writes what it ended with.
 
 Gradients are accumulated over two batches, and an average of the weights follows. What the words after the folder name:
 ``edits`` prunes, then quantises; for ``learn_steps`` nothing is pruned, and steps are learned under bfloat16; for
