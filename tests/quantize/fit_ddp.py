@@ -22,7 +22,7 @@ from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
 from compress.surgery import history_of
-from tests.networks import Residual, loader
+from tests.networks import Residual, loader, trainer
 
 
 class Locked(Residual):
@@ -71,17 +71,11 @@ def main(folder: Path, kind: str) -> None:
     )
     compare, average = Compare(), EMAWeightAveraging(decay=0.5)
     pruning = StructuredPruning(0.5, schedule="linear", start=0.2, end=0.4, num_edits=3, round_to=2)
-    trainer = pl.Trainer(
+    run = trainer(
         max_epochs=4 if quantize["start"] < 1 and not learn_steps else 3,
         precision="bf16-mixed" if learn_steps else "32-true",
-        accelerator="cpu",
         devices=2,
         strategy="ddp",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
         accumulate_grad_batches=2,
         default_root_dir=folder,
         callbacks=[
@@ -91,7 +85,7 @@ def main(folder: Path, kind: str) -> None:
             compare,
         ],
     )
-    trainer.fit(module, loader(num=96), loader(seed=1, shuffle=False))
+    run.fit(module, loader(num=96), loader(seed=1, shuffle=False))
     assert average._average_model is not None
     twin: Any = average._average_model.module
     torch.save(
@@ -103,9 +97,9 @@ def main(folder: Path, kind: str) -> None:
             "buffers": {name: tensor.clone() for name, tensor in module.student.named_buffers()},
             "state": {name: tensor.clone() for name, tensor in module.student.named_parameters()},
             "average": {name: p.detach().clone() for name, p in twin.student.named_parameters()},
-            "moments": len(trainer.optimizers[0].state),
+            "moments": len(run.optimizers[0].state),
         },
-        folder / f"rank{trainer.global_rank}.pt",
+        folder / f"rank{run.global_rank}.pt",
     )
 
 

@@ -56,17 +56,7 @@ def fitted() -> tuple[Distiller, Watch, QuantizationAwareTraining]:
         Residual(), task=Classification(3), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
     )
     watch, qat = Watch(), QuantizationAwareTraining(start=0.2, freeze_batchnorm=0.8)
-    trainer = pl.Trainer(
-        max_epochs=5,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        num_sanity_val_steps=0,
-        callbacks=[qat, watch],
-    )
-    trainer.fit(module, loader(), loader(seed=1, shuffle=False))
+    trainer(max_epochs=5, callbacks=[qat, watch]).fit(module, loader(), loader(seed=1, shuffle=False))
     return module, watch, qat
 
 
@@ -121,16 +111,7 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
             seen.append(isinstance(pl_module.student, Captured))
 
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        callbacks=[Look(), callback],
-    )
-    trainer.fit(module, loader())
+    trainer(max_epochs=2, callbacks=[Look(), callback]).fit(module, loader())
     assert seen
     assert not any(seen)
     (edit,) = history_of(module)

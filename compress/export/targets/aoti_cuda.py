@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,6 @@ from compress.runtime.requirements import cuda_requirements
 __all__ = ["FILE", "build", "build_in", "requires"]
 
 FILE = "model.aoti_cuda.pt2"
-
-
-def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
-    """Compile the program into one file, and count its kernels, as ``build_in`` does."""
-    return build_in(torch.float32, program, path, max_autotune=max_autotune)
 
 
 def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
@@ -52,6 +48,9 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_au
             "Take inductor_cuda, or try another version of torch."
         )
     return census
+
+
+build = partial(build_in, torch.float32)
 
 
 def requires() -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import re
 import tempfile
 from collections import Counter
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,6 @@ _KERNELS = re.compile(
 )
 
 
-def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
-    """Compile the program into one file, and count its kernels, as ``build_in`` does."""
-    return build_in(torch.float32, program, path, max_autotune=max_autotune)
-
-
 def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
     """Compile the program in a precision; its inputs and outputs stay in float32.
 
@@ -59,6 +55,9 @@ def build_in(dtype: torch.dtype, program: ExportedProgram, path: Path, *, max_au
     """
     program, _ = for_gpu("inductor_cuda", program, dtype)
     return compile_artifact(program, path, max_autotune=max_autotune)
+
+
+build = partial(build_in, torch.float32)
 
 
 def compile_artifact(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
