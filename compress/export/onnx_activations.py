@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from compress.export.onnx_graph import SAME_VALUES
+
 if TYPE_CHECKING:
     from onnx import NodeProto
 
@@ -24,7 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["free_products", "quantize_preactivations"]
 
-_SAME_VALUES = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
 _STEPS = 100_001
 _BEYOND = 12.0  # above the largest result, all of them are straight from here on, to less than a step
 _WIDEST = 8.0  # times the result's range, three bits: LeakyReLU behind a range around zero reaches much farther
@@ -120,7 +121,7 @@ def _ranges(graph: OnnxGraph, name: str) -> Iterator[tuple[float, float] | None]
     if graph.is_output(name):
         yield None
     for node in graph.users(name):
-        if node.op_type in _SAME_VALUES:
+        if node.op_type in SAME_VALUES:
             yield from _ranges(graph, node.output[0])
         else:
             yield graph.range(node) if node.op_type == "QuantizeLinear" else None

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 __all__ = [
+    "SAME_VALUES",
     "OnnxGraph",
     "drop_metadata",
     "drop_relus",
@@ -32,17 +33,22 @@ __all__ = [
 ]
 
 _WEIGHTED = ("Conv", "Gemm")
+_POOLS = ("AveragePool", "GlobalAveragePool", "GlobalMaxPool", "MaxPool")
+SAME_VALUES = ("Flatten", "Reshape", "Squeeze", "Transpose", "Unsqueeze")
+"""Operators that give another shape to what they take."""
+
+_NOTHING_NEW = (*_POOLS, *SAME_VALUES, "QuantizeLinear", "DequantizeLinear")
 _EXACTLY = 1 + 1e-6  # scales are float32
 
 
 def rewrite(model: ModelProto) -> None:
     """Apply every rewriting of this file, in place."""
     graph = OnnxGraph(model)
+    pool_globally(graph)
     narrow_relus(graph)
     drop_relus(graph)
     quantize_branches(graph)
     quantize_biases(graph)
-    pool_globally(graph)
     split_zero_points(graph)
     graph.finish()
     drop_metadata(model)
@@ -144,10 +150,11 @@ def narrow_relus(graph: OnnxGraph) -> None:
 
     A range that is symmetric around zero wastes half of its numbers there, and ONNX Runtime fuses a ReLU only where
     nothing below zero can be said, and nothing above its ceiling. The clipping stays where it was, to a quarter of a
-    step.
+    step. What is pooled or reshaped behind it is quantised alike: a pool runs in integers only where its input and its
+    result have the same steps.
     """
     for node in [node for node in graph.nodes if not graph.is_output(node.output[0])]:
-        ceiling = _ceiling(graph, node)
+        ceiling = _ceiling_of(graph, node.output[0])
         if ceiling is None:
             continue
         quantizers = graph.users(node.output[0])
@@ -164,6 +171,14 @@ def narrow_relus(graph: OnnxGraph) -> None:
             scale = np.array(top / 255, dtype=found[0].dtype).reshape(found[0].shape)
             entry.input[1] = graph.constant(f"{entry.output[0]}_half", scale)
             entry.input[2] = graph.constant(f"{entry.output[0]}_none", np.zeros_like(found[1]))
+
+
+def _ceiling_of(graph: OnnxGraph, name: str) -> float | None:
+    """Return the most that a value can be which is never negative; ``None`` of others."""
+    node = graph.makers.get(name)
+    while node is not None and node.op_type in _NOTHING_NEW:
+        node = graph.makers.get(node.input[0])
+    return None if node is None else _ceiling(graph, node)
 
 
 def drop_relus(graph: OnnxGraph) -> None:

@@ -121,8 +121,8 @@ def _engines(
     (folder / "tools").mkdir()
     recurrent = any(isinstance(module, nn.LSTM) for module in network.modules())
     for tool in arguments.tools:
-        if tool == "onnxruntime_dynamic" and not recurrent:
-            continue  # for products of floats, the static one is better
+        if tool == ("executorch_xnnpack" if recurrent else "onnxruntime_dynamic"):
+            continue  # takes no recurrent layers, and dies of them; for products of floats, the static one is better
         try:
             yield f"int8/{tool}", TOOLS[tool](network, data, folder / "tools", num_threads=arguments.threads)
         except AbsentError as error:

@@ -116,6 +116,42 @@ def test_a_symmetric_range_behind_a_relu6_ends_at_its_ceiling(ceiling: float, to
     assert "Clip" in kinds(applied(applied(made, narrow_relus), drop_relus))
 
 
+def pooled(first: str, pool: str, zero_point: int = 127) -> ModelProto:
+    """A value that is quantised, pooled, quantised alike, laid flat and quantised alike."""
+    attributes = {"kernel_shape": [2, 2], "strides": [2, 2]} if pool in ("MaxPool", "AveragePool") else {}
+    nodes = [
+        node(first, "x", "r"),
+        *(node("QuantizeLinear", "r s z", "q1"), node("DequantizeLinear", "q1 s z", "d1")),
+        node(pool, "d1", "p", **attributes),
+        *(node("QuantizeLinear", "p s z", "q2"), node("DequantizeLinear", "q2 s z", "d2")),
+        node("Flatten", "d2", "f"),
+        *(node("QuantizeLinear", "f s z", "q3"), node("DequantizeLinear", "q3 s z", "out")),
+    ]
+    return model(nodes, {"s": np.float32(0.1), "z": np.uint8(zero_point)}, {"x": [None, 2, 4, 4]})
+
+
+@pytest.mark.parametrize("pool", ["MaxPool", "AveragePool", "GlobalAveragePool"])
+def test_what_is_pooled_behind_a_relu_is_quantised_alike(pool: str) -> None:
+    x = np.random.default_rng(0).normal(size=(9, 2, 4, 4)).astype(np.float32) * 8
+    changed = applied(applied(pooled("Relu", pool), narrow_relus), drop_relus)
+    assert "Relu" not in kinds(changed)
+    graph = OnnxGraph(changed)
+    scales = [graph.scale(entry) for entry in graph.nodes if entry.op_type.endswith("izeLinear")]
+    assert {(round(float(found[0]), 6), int(found[1])) for found in scales if found} == {(round(12.8 / 255, 6), 0)}
+    wanted = run(model([node("Relu", "x", "r"), *_floats(pool)], {}, {"x": [None, 2, 4, 4]}), np.minimum(x, 12.8))
+    assert np.abs(run(changed, x) - wanted).max() < 1.02 * 12.8 / 255  # two roundings
+
+
+def _floats(pool: str) -> list[onnx.NodeProto]:
+    attributes = {} if pool.startswith("Global") else {"kernel_shape": [2, 2], "strides": [2, 2]}
+    return [node(pool, "r", "p", **attributes), node("Flatten", "p", "out")]
+
+
+def test_a_pool_of_what_may_be_negative_keeps_its_range() -> None:
+    for made in (pooled("Tanh", "MaxPool"), pooled("Relu", "MaxPool", zero_point=100)):
+        assert applied(made, narrow_relus) == made
+
+
 @pytest.mark.parametrize(("largest", "in_body", "marked"), [(64, 64, True), (65, 64, False), (64, 65, False)])
 def test_narrow_weights_are_noted_where_all_are(largest: int, in_body: int, marked: bool) -> None:
     def weight(value: int, name: str) -> TensorProto:
