@@ -55,7 +55,7 @@ def final(run: RunDirectory) -> dict[str, Tensor]:
     return torch.load(run.snapshot("final"), weights_only=True)["state_dict"]
 
 
-@pytest.mark.parametrize("average", [None, "ema", "swa"])
+@pytest.mark.parametrize("average", [None, "ema", pytest.param("swa", marks=pytest.mark.slow)])
 def test_a_run_that_dies_in_calibration_goes_on_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: str | None
 ) -> None:

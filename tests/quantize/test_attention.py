@@ -210,7 +210,7 @@ def test_it_is_left_alone_where_nothing_could_round_it() -> None:
     ("options", "engines"),
     [
         ({}, ENGINES),
-        ({"is_causal": True}, ("eager", "onnxruntime")),
+        pytest.param({"is_causal": True}, ("eager", "onnxruntime"), marks=pytest.mark.slow),
         ({"attn_mask": torch.arange(36).reshape(6, 6) > 11}, ("eager", "onnxruntime")),
     ],
     ids=["plain", "causal", "masked"],

@@ -73,6 +73,7 @@ class Residual(nn.Module):
 
 
 @EXACT
+@pytest.mark.slow
 def test_the_callers_input_stays_as_it_is(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 16)
@@ -112,6 +113,7 @@ def test_without_vnni_integers_are_refused(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_without_vnni_narrow_weights_are_taken_and_right(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inputs, layer = torch.rand(64, 256), nn.Linear(256, 8).eval()
@@ -141,6 +143,7 @@ class Gated(nn.Module):
         return x
 
 
+@pytest.mark.slow
 def test_sums_behind_activations_are_compiled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 16)

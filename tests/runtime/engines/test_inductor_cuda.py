@@ -28,6 +28,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow  # compiles and loads in processes that share nothing
 def test_another_process_runs_what_was_compiled(tmp_path: Path) -> None:
     torch.manual_seed(0)
     reference = nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 3)).eval()
