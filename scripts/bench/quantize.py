@@ -122,7 +122,7 @@ def _engines(
     recurrent = any(isinstance(module, nn.LSTM) for module in network.modules())
     for tool in arguments.tools:
         if tool == ("executorch_xnnpack" if recurrent else "onnxruntime_dynamic"):
-            continue  # takes no recurrent layers, and dies of them; for products of floats, the static one is better
+            continue  # lowering recurrent layers does not end; for products of floats, the static one is better
         try:
             yield f"int8/{tool}", TOOLS[tool](network, data, folder / "tools", num_threads=arguments.threads)
         except AbsentError as error:
