@@ -26,7 +26,7 @@ from engine_calls import Make, as_rows, in_turn, no_grad, reason_of
 from float_tools import FLOAT_TOOLS
 from halving import halved
 from quantize_networks import NETWORKS, Sizes, make
-from quantize_tools import TOOLS, AbsentError
+from quantize_tools import TOOLS, AbsentError, is_fit
 from torch import Tensor, nn
 
 import compress
@@ -162,10 +162,8 @@ def _by_own_tools(
     """Return the network by each engine's own tools; eager only where it is of this precision."""
     found: dict[str, Make] = {"eager_own": lambda batch: no_grad(network)} if precision == "fp32" else {}
     missing: dict[str, str] = {}
-    recurrent = any(isinstance(module, nn.LSTM) for module in network.modules())
-    for tool, prepared in (FLOAT_TOOLS if precision == "fp32" else TOOLS).items():
-        if tool == "onnxruntime_dynamic" and not recurrent:
-            continue  # for products of floats, the static one is better
+    tools = FLOAT_TOOLS if precision == "fp32" else TOOLS
+    for tool, prepared in ((name, tool) for name, tool in tools.items() if is_fit(name, network)):
         try:
             found[tool] = prepared(network, data, folder, num_threads=arguments.threads)
         except AbsentError as error:

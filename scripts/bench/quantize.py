@@ -21,7 +21,7 @@ import torch
 from common import Row, finish, options, ratios, training_step
 from engine_calls import Make, as_rows, in_turn, no_grad, reason_of
 from quantize_networks import NETWORKS, Sizes, make
-from quantize_tools import TOOLS, AbsentError
+from quantize_tools import TOOLS, AbsentError, is_fit
 from torch import Tensor, nn
 
 import compress
@@ -119,10 +119,7 @@ def _engines(
     for engine in arguments.engines:
         yield f"int8/{engine}", _ours(integers, engine, prepared, data, folder / "int8", arguments)
     (folder / "tools").mkdir()
-    recurrent = any(isinstance(module, nn.LSTM) for module in network.modules())
-    for tool in arguments.tools:
-        if tool == ("executorch_xnnpack" if recurrent else "onnxruntime_dynamic"):
-            continue  # lowering recurrent layers does not end; for products of floats, the static one is better
+    for tool in (name for name in arguments.tools if is_fit(name, network)):
         try:
             yield f"int8/{tool}", TOOLS[tool](network, data, folder / "tools", num_threads=arguments.threads)
         except AbsentError as error:

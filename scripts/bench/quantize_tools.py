@@ -19,7 +19,15 @@ from torch import Tensor, nn
 
 from compress.surgery.capture import export_program
 
-__all__ = ["TOOLS", "AbsentError", "lowered", "module_named", "onnx_file", "onnx_session"]
+__all__ = ["TOOLS", "AbsentError", "is_fit", "lowered", "module_named", "onnx_file", "onnx_session"]
+
+
+def is_fit(tool: str, network: nn.Module) -> bool:
+    """Say whether a tool is worth asking: of recurrent layers, ExecuTorch's lowering does not end."""
+    recurrent = any(isinstance(module, nn.LSTM) for module in network.modules())
+    if tool == "onnxruntime_dynamic":
+        return recurrent  # for products of floats, the static one is better
+    return not (recurrent and tool.startswith("executorch"))
 
 
 class AbsentError(Exception):
