@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
@@ -20,7 +20,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from compress.distill import DistillationLoss, LearningRateSchedule, OwnTeacher, SoftTarget, Task, check_weights
+from compress.distill import (
+    DistillationLoss,
+    EarlierSelf,
+    LearningRateSchedule,
+    OwnTeacher,
+    SoftTarget,
+    Task,
+    check_weights,
+)
 from compress.errors import CompressError, RecipeError
 from compress.export import TARGETS
 from compress.export.options import option_mistakes
@@ -238,7 +246,12 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     parser.add_argument(
         "--student_checkpoint", type=str | None, default=None, help="weights that the student starts from"
     )
-    parser.add_argument("--teacher", type=Teacher | None, default=None, help="the network to learn from")
+    parser.add_argument(
+        "--teacher",
+        type=Teacher | Literal["self"] | None,
+        default=None,
+        help="the network to learn from; self: the student as it was before it was quantised, or else pruned",
+    )
     parser.add_argument("--data", type=LightningDataModule, required=True, help="the data module")
     parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")
     parser.add_argument("--distill", type=Distill, default=Distill(), help="how the student is taught")
@@ -298,6 +311,8 @@ def build_recipe(config: Namespace, parser: ArgumentParser, *, name: str) -> Rec
     names = {entry.name for entry in fields(Recipe)} - {"config", "name"}
     values = {key: value for key, value in vars(built).items() if key in names}
     values["trainer"] = vars(built.trainer)
+    if built.teacher == "self":
+        values["teacher"] = Teacher(EarlierSelf("quantize" if built.quantize else None))
     return Recipe(**values, name=name, config=plain.as_dict())
 
 

@@ -6,7 +6,8 @@
 POST /predict takes one raw sample as nested lists, or as a text where the artefact holds a tokenizer, and gives its
 label and probabilities; GET /health says whether the server is ready. A sample of another shape, or with values that
 are no numbers, gets status 422 and never meets others; one that the network refuses gets it, too, and those beside it
-are served. Where sizes may vary, samples of one shape become one batch: none is padded.
+are served. Where sizes may vary, samples of one shape become one batch: none is padded. An artefact whose outputs are
+not of shape (N, classes) is refused at the start: it has no labels to answer with.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pydantic import BaseModel, field_validator
 
 import compress
 from compress.errors import CompressError
+from compress.runtime.classes import check_classes
 from compress.runtime.examples import example_sizes
 from compress.runtime.inputs import preprocess
 from compress.runtime.manifest import Manifest, preprocesses_text, read_manifest
@@ -159,6 +161,7 @@ def main() -> None:
         parser.error(f"--max_batch_size: expected at least 2, got {options.max_batch_size}. Use 32.")
     try:
         manifest = read_manifest(path)
+        check_classes(manifest)
     except CompressError as error:
         parser.error(str(error))
     if len(manifest.inputs) > 1 and not preprocesses_text(manifest.preprocessing or {}):

@@ -213,6 +213,17 @@ def test_every_loss_can_be_named_with_weight_and_schedule(name: str) -> None:
 LINEAR = {"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 2}}
 
 
+@pytest.mark.parametrize(("quantize", "before"), [("null", None), ("{scheme: int8}", "quantize")])
+def test_the_student_can_be_its_own_teacher(quantize: str, before: str | None) -> None:
+    words = ["--teacher", "self", "--quantize", quantize]
+    config, parser = parse_recipe(find_recipe("digits"), words)
+    recipe = build_recipe(config, parser, name="digits")
+    assert recipe.teacher is not None
+    assert isinstance(recipe.teacher.model, EarlierSelf)
+    assert recipe.teacher.model.before == before
+    assert yaml.safe_load(parser.dump(config))["teacher"] == "self"
+
+
 @pytest.mark.parametrize(
     ("model", "kind"),
     [

@@ -98,7 +98,12 @@ def how_to_go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> 
     words = ["compress", "sensitivity", run_dir]
     if Path(options.recipe).is_dir():  # a new run has them in its recipe
         words += rest
-    return shlex.join([*words, "--ratios", *map(str, options.ratios)] if options.ratios else words)
+    for name in ("ratios", "bits"):
+        if values := getattr(options, name):
+            words += [f"--{name}", *map(str, values)]
+    if options.average_bits is not None:
+        words += ["--average_bits", str(options.average_bits)]
+    return shlex.join(words)
 
 
 def _open(options: argparse.Namespace, rest: list[str], console: Console) -> object:

@@ -16,15 +16,15 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ArtifactError, ExportError
+from compress.errors import ArtifactError, ExportError, MissingPackageError
 from compress.export.building import Job, announced, build_target
-from compress.export.gates import Gates
+from compress.export.gates import Gates, few_integers
 from compress.export.graph import input_specs, largest_batch, output_shape
 from compress.export.options import Options, option_mistakes
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
-from compress.export.targets import TARGETS, ExportSkippedError
+from compress.export.targets import TARGETS, Census, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.manifest import (
     Manifest,
@@ -77,8 +77,8 @@ def export_artifact(
         The manifest as written.
 
     Raises:
-        ExportError: when a target or an option is unknown, a target fails a gate, or none can be built; nothing is left
-            behind.
+        ExportError: when a target or an option is unknown, a target fails a gate, none can be built, or none computes
+            in integers as the gates ask; nothing is left behind. One that alone computes in floats is left out.
     """
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
@@ -91,8 +91,8 @@ def export_artifact(
     inputs = input_specs(program)
     check_inputs(inputs, held_out)
     _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
-    _check_labels((metadata or {}).get("labels"), output_shape(program))
     wanted = reference_outputs(reference, held_out)
+    _check_labels((metadata or {}).get("labels"), output_shape(program))
     program, cleanup = clean_up(program)
     others = other_sizes(reference, held_out, lengths_of(program))
     job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others, options=options or {})
@@ -156,20 +156,51 @@ def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec],
 def _build_all(
     targets: Sequence[str], job: Job, folder: Path, *, progress: bool
 ) -> tuple[dict[str, Target], dict[str, str]]:
+    """Build what can be; what an engine does not take, or would compute in floats, is left out with the reason."""
     built: dict[str, Target] = {}
+    reasons: dict[str, list[str]] = {}
     skipped: dict[str, str] = {}
-    failed: list[str] = []
     for engine in announced(targets, progress=progress):
         try:
-            built[engine], reasons = build_target(engine, job, folder)
-            failed += reasons
-        except ExportSkippedError as error:
+            built[engine], reasons[engine] = build_target(engine, job, folder)
+        except (ExportSkippedError, MissingPackageError) as error:
             skipped[engine] = str(error)
-            warnings.warn(f"{error} Going on with the other targets.", stacklevel=4)
-    if failed:
+    if job.quantized and job.gates.min_int8_fraction > 0:
+        floats, reason = _in_floats(built, job)
+        if reason:
+            reasons["export"] = [reason]
+        for engine, text in floats.items():
+            reasons[engine].remove(text)
+            if not reasons[engine]:
+                _remove(built.pop(engine), folder)
+                skipped[engine] = text
+    for reason in skipped.values():
+        warnings.warn(f"{reason} Going on with the other targets.", stacklevel=4)
+    if failed := [reason for each in reasons.values() for reason in each]:
         failed.append("Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets.")
         raise ExportError("\n".join(failed))
     if not built:
         reason = "; ".join(skipped.values()) or "no targets"
         raise ExportError(f"export: expected at least one target, got none: {reason}. Add one to export.targets.")
     return built, skipped
+
+
+def _in_floats(built: Mapping[str, Target], job: Job) -> tuple[dict[str, str], str | None]:
+    """Return what targets lack in int8 that others have, and what is wrong where none has."""
+    counted = {engine: Census(**target.census) for engine, target in built.items() if target.census}
+    found = {engine: few_integers(engine, job.gates, census) for engine, census in counted.items()}
+    few = {engine: text for engine, text in found.items() if text}
+    if len(few) < len(found):
+        return few, None
+    if found or not built:
+        return {}, None  # all of them fail
+    return {}, (
+        f"export.min_int8_fraction: expected at least {job.gates.min_int8_fraction:g} of the multiply-accumulates in "
+        f"int8, got targets that compute in floats: {', '.join(built)}. Add onnxruntime to export.targets, say, or set "
+        "export.min_int8_fraction: 0."
+    )
+
+
+def _remove(target: Target, folder: Path) -> None:
+    for name in (target.file, *target.parts):
+        (folder / name).unlink()

@@ -7,7 +7,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -53,7 +54,8 @@ def convert(
 
     Each is held against the portable program's outputs by the gates of the artefact's export, and its manifest says on
     which inputs. All targets are added, or none: the artefact is left as it was when one fails. It loads at every
-    moment in between, also where the process ends there, if without what is being replaced.
+    moment in between, also where the process ends there, if without what is being replaced. Of two that convert at once
+    one waits while the other reads, or puts its files in their places: both have their targets in the end.
 
     Args:
         path: The artefact's directory.
@@ -77,29 +79,55 @@ def convert(
         MissingPackageError: when a target's library is not installed.
     """
     directory = Path(path)
-    signed = read_signed(directory)
-    manifest = signed.manifest
     targets = list(dict.fromkeys(targets))
-    _check_targets(manifest, targets, replace=replace)
-    if mistakes := list(option_mistakes(options or {}, targets)):
-        raise ExportError("\n".join(mistakes))
+    with _alone(directory):
+        manifest = _convertible(directory, targets, replace=replace, trust=trust).manifest
+        if mistakes := list(option_mistakes(options or {}, targets)):
+            raise ExportError("\n".join(mistakes))
+        files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+        check_files(directory, manifest.files)
+    job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
+    temporary = _folder_in(directory)
+    try:
+        built = _build_all(targets, job, temporary, progress=progress)
+        with _alone(directory):
+            latest = _convertible(directory, targets, replace=replace, trust=trust)  # others may have come
+            _put(_steps(latest, _with(latest.manifest, built, manifest), built, temporary), directory, temporary)
+            return read_manifest(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Wait until nobody else converts an artefact here, and keep them waiting; with the process goes its lock."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock; there, do not convert one artefact twice at once
+        yield
+        return
+    try:
+        handle = os.open(directory, os.O_RDONLY)  # of the folder itself: no file is left
+    except OSError as error:
+        raise ArtifactError(f"{directory}: expected an artefact's directory, got {error}. Give another.") from error
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _convertible(directory: Path, targets: Sequence[str], *, replace: bool, trust: bool) -> Signed:
+    """Read an artefact that may be given targets."""
+    signed = read_signed(directory)
+    _check_targets(signed.manifest, targets, replace=replace)
     if not (signed.ours or trust):
         raise ArtifactError(
             f"{directory}: expected an artefact of this machine, got another's, whose portable program may run code. "
             "Say trust=True (--trust) if you know who made it."
         )
-    files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
-    check_files(directory, manifest.files)
-    job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
-    temporary = _folder_in(directory)
-    try:
-        built = _build_all(targets, job, temporary, progress=progress)
-        skipped = {name: reason for name, reason in manifest.skipped.items() if name not in built}
-        new = dataclasses.replace(manifest, targets={**manifest.targets, **built}, skipped=skipped)
-        _put(_steps(signed, new, built, temporary), directory, temporary)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return read_manifest(directory)
+    return signed
 
 
 def _check_targets(manifest: Manifest, targets: Sequence[str], *, replace: bool) -> None:
@@ -227,6 +255,24 @@ def _steps(signed: Signed, new: Manifest, built: Mapping[str, Target], folder: P
     steps += [(folder / name, name) for target in built.values() for name in (*target.parts, target.file)]
     become(new)
     return steps
+
+
+def _with(latest: Manifest, built: Mapping[str, Target], converted: Manifest) -> Manifest:
+    """Return the manifest with the targets that were built.
+
+    Args:
+        latest: The artefact's, as it is.
+        built: The targets.
+        converted: That of the artefact that they were built from.
+
+    Raises:
+        ArtifactError: when these two are not of one export.
+    """
+    one, other = ((each.created, each.targets[_SOURCE].sha256) for each in (latest, converted))
+    if one != other:
+        raise ArtifactError(f"{latest.name}: expected the artefact that is converted, got another. Convert again.")
+    skipped = {name: reason for name, reason in latest.skipped.items() if name not in built}
+    return dataclasses.replace(latest, targets={**latest.targets, **built}, skipped=skipped)
 
 
 def _put(steps: Sequence[tuple[Path, str]], directory: Path, folder: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from compress.export.parity import Parity
 from compress.export.targets import Census
 
-__all__ = ["FLOAT_TOLERANCE", "Gates", "failures"]
+__all__ = ["FLOAT_TOLERANCE", "Gates", "failures", "few_integers"]
 
 
 FLOAT_TOLERANCE = 1e-4  # relative; without quantization only the order of sums differs
@@ -59,9 +59,16 @@ def failures(
             f"{engine}: expected a top-1 agreement of at least {gates.min_top1_agreement:g} "
             f"(export.min_top1_agreement), got {batches.top1_agreement:.4g} on {batches.num_samples} held-out inputs."
         )
-    if quantized and census is not None and census.int8_fraction < gates.min_int8_fraction:
-        yield (
-            f"{engine}: expected at least {gates.min_int8_fraction:g} of the multiply-accumulates in int8 "
-            f"(export.min_int8_fraction), got {census.int8_fraction:.3g} in {census.int8_kernels} of "
-            f"{census.int8_kernels + census.float_kernels} kernels: the rest would run in floating point."
-        )
+    if quantized and census is not None and (reason := few_integers(engine, gates, census)):
+        yield reason
+
+
+def few_integers(engine: str, gates: Gates, census: Census) -> str | None:
+    """Return what a target lacks in int8, in words; ``None`` where it has enough."""
+    if census.int8_fraction >= gates.min_int8_fraction:
+        return None
+    return (
+        f"{engine}: expected at least {gates.min_int8_fraction:g} of the multiply-accumulates in int8 "
+        f"(export.min_int8_fraction), got {census.int8_fraction:.3g} in {census.int8_kernels} of "
+        f"{census.int8_kernels + census.float_kernels} kernels: the rest would run in floating point."
+    )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from compress.errors import ExportError
 from compress.runtime.manifest import Range, TensorSpec
 from compress.surgery.capture import export_program
-from compress.surgery.lengths import Length, lengths_of, user_inputs
+from compress.surgery.lengths import LARGEST_BATCH, Length, lengths_of, user_inputs
 
 __all__ = [
     "LARGEST_NARROW",
@@ -107,7 +107,8 @@ def rewritten(program: ExportedProgram, rewrite: Callable[[GraphModule], int]) -
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     args, _ = program.example_inputs
-    return export_program(graph_module, args, lengths=lengths_of(program))
+    most = largest_batch(program) or LARGEST_BATCH
+    return export_program(graph_module, args, lengths=lengths_of(program), largest_batch=most)
 
 
 def widen_single_channels(graph_module: GraphModule) -> int:

@@ -97,6 +97,11 @@ class OnnxGraph:
         limits = np.iinfo(found[1].dtype)
         return (limits.min - zero_point) * scale, (limits.max - zero_point) * scale
 
+    def rank(self, name: str) -> int | None:
+        """Return how many dimensions a value has, where the model says so."""
+        values = [entry for entry in self.graph.value_info if entry.name == name]
+        return len(values[0].type.tensor_type.shape.dim) if values else None
+
     def constant(self, name: str, value: np.ndarray) -> str:
         """Add a constant and return its name."""
         from onnx import numpy_helper
@@ -163,14 +168,18 @@ def narrow_relus(graph: OnnxGraph) -> None:
         readers = [reader for user in quantizers for reader in graph.users(user.output[0])]
         if any(reader.op_type != "DequantizeLinear" for reader in readers):
             continue
-        for entry in [*quantizers, *readers]:
-            found = graph.scale(entry)
-            if found is None or found[0].size != 1 or found[1].dtype != np.uint8 or int(found[1]) not in (127, 128):
-                continue
+        ends = [(entry, found) for entry in (*quantizers, *readers) if (found := graph.scale(entry))]
+        if len(ends) < len(quantizers) + len(readers) or not all(_is_symmetric(*found) for _, found in ends):
+            continue
+        for entry, found in ends:
             top = min(float(found[0]) * (255 - int(found[1])), ceiling)
             scale = np.array(top / 255, dtype=found[0].dtype).reshape(found[0].shape)
             entry.input[1] = graph.constant(f"{entry.output[0]}_half", scale)
             entry.input[2] = graph.constant(f"{entry.output[0]}_none", np.zeros_like(found[1]))
+
+
+def _is_symmetric(scale: np.ndarray, zero_point: np.ndarray) -> bool:
+    return scale.size == 1 and zero_point.dtype == np.uint8 and int(zero_point) in (127, 128)
 
 
 def _ceiling_of(graph: OnnxGraph, name: str) -> float | None:
@@ -263,6 +272,8 @@ def pool_globally(graph: OnnxGraph) -> None:
             continue
         keep = next((attribute.i for attribute in node.attribute if attribute.name == "keepdims"), 1)
         source = graph.maker(node.input[0], "DequantizeLinear")
+        if graph.rank(node.input[0]) not in (4, None):
+            continue
         if sorted(graph.constants[node.input[1]].tolist()) in ([-2, -1], [2, 3]) and keep and source is not None:
             node.op_type = "GlobalAveragePool"
             del node.input[1:], node.attribute[:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -10,6 +11,9 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
+from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
 from compress.errors import RecipeError, RunError
 from compress.measure.bits import save_bits
@@ -17,13 +21,16 @@ from compress.measure.results import Bits
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_bits
+from compress.quantize.progressive import quantizers
 from compress.quantize.schemes import get_scheme
-from compress.quantize.sensitivity import BITS, measure_bits, num_weights
+from compress.quantize.sensitivity import BITS, capture_layers, measure_bits, num_weights
+from compress.surgery import Captured
 
 __all__ = ["measure_layers", "read_bits", "schemes_of"]
 
 _NAME = "bits"
 _LAYERS = "layers"
+_ORDER = "order"
 _ALIKE = ("activation_bits", "number", "symmetric", "dynamic", "group_size", "linear_only", "attention")
 
 
@@ -33,28 +40,37 @@ def measure_layers(
     """Measure the network with the weights of one layer after the other at few bits; what was stopped goes on.
 
     Leaves ``bits.json``, written anew after every point, and ``bits.png`` and ``.svg``; with a target, what
-    each layer gets is in there, too, and ``layers.json`` says it as a recipe's ``quantize.layers``.
+    each layer gets is in there, too, and ``layers.json`` says it as a recipe's ``quantize.layers``. ``order.json`` has
+    the layers as ``quantize.progressive.order`` takes them, by their loss at the fewest bits.
 
     Args:
-        run: The run directory.
+        run: The run directory; its recipe quantises.
         stage: Which of its networks.
-        bits: Bits to try, 2 to 8.
+        bits: Bits to try, 2 to 8; layers get some of these, whatever else was measured before.
         average_bits: Bits a weight may have on average.
 
     Raises:
         RecipeError: when bits are out of range, or the target is below the fewest.
+        CaptureError: when the network cannot be quantised.
     """
     for num in bits:
         if not 2 <= num <= 8:
             raise RecipeError(f"bits: expected numbers from 2 to 8, got {num}. Use 8 4 2, say.")
+    callback = run.recipe.quantize
+    assert callback is not None
     network = run.network(stage)[0].to(device_of(run))
     loader, num_batches = validation(run)
+    inputs = [tensor[:2].to(device_of(run)) for tensor in read_batch(next(iter(loader))).inputs]
     measured_on = f"{fingerprint_module(network)}, {num_batches} batches"
     before = read_bits(run)
     if before is not None and before.measured_on != measured_on:
         run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
         before = None
+    rehearsed = callback.rehearse(copy.deepcopy(network), inputs)
+    if isinstance(rehearsed, Captured):
+        network = capture_layers(network, inputs)
     sizes = num_weights(network)
+    named = [layer for layer in sizes if _may_be_named(rehearsed, layer)]
     curves = {} if before is None else {layer: points for layer, points in before.curves.items() if layer in sizes}
 
     def loss(changed: Any) -> dict[str, float]:
@@ -75,12 +91,16 @@ def measure_layers(
         run.console.print(f"{layer} at {num} bits: loss {values['loss']:.4f}", soft_wrap=True)
 
     done = {layer: {num: values for num, values in points} for layer, points in curves.items()}  # noqa: C416
-    measure_bits(network, loss, bits=bits, done=done, on_point=on_point)
+    measured = measure_bits(network, loss, bits=bits, done=done, on_point=on_point)
+    asked = replace(result, curves={layer: [*map(list, points.items())] for layer, points in measured.items()})
     if average_bits is not None:
-        result = replace(result, chosen=allocate_bits(result.losses(), result.sizes, average_bits=average_bits))
+        result = replace(result, chosen=allocate_bits(asked.losses(), asked.sizes, average_bits=average_bits))
     run.write_json(_NAME, asdict(result))
+    run.write_json(_ORDER, [layer for layer in reversed(asked.ranked()) if layer in named])
     for path in save_bits(result, run.path):
         run.console.print(f"picture: {path}", soft_wrap=True)
+    words = f'--quantize.progressive.order "$(cat {run.path / _ORDER}.json)"'
+    run.console.print(f"to train with quantize.progressive in their order: {words}", soft_wrap=True, markup=False)
     for layer, num in result.chosen.items():
         run.console.print(f"{layer}: {num} bits", soft_wrap=True, markup=False)
     if result.chosen and not _is_plain(run):
@@ -125,6 +145,15 @@ def read_bits(run: RunDirectory) -> Bits | None:
             f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
             f"Delete it and measure again: compress sensitivity {run.path}"
         ) from error
+
+
+def _may_be_named(rehearsed: nn.Module, layer: str) -> bool:
+    """Say whether ``quantize.progressive.order`` takes a layer: what it multiplies is rounded."""
+    try:
+        quantizers(rehearsed, [layer])
+    except RecipeError:
+        return False
+    return True
 
 
 def _file(run: RunDirectory) -> Path:

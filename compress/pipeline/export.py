@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from compress.errors import ExportError
+from compress.errors import ArtifactError, ExportError, RecipeError
 from compress.export import Gates, export_artifact
 from compress.export import convert as add_targets
 from compress.export.options import Options
@@ -61,7 +61,7 @@ def export(run: RunDirectory) -> None:
             max_relative_error=settings.max_relative_error,
             min_top1_agreement=settings.min_top1_agreement,
             # A scheme that leaves products in floating point has no integer kernels to be missed.
-            min_int8_fraction=settings.min_int8_fraction if quantized and quantized.integer_products else 0,
+            min_int8_fraction=settings.min_int8_fraction if quantized and quantized.scheme.has_kernels else 0,
         ),
         metadata={
             "name": run.recipe.name,
@@ -108,8 +108,14 @@ def convert(
     Raises:
         CompressError: as ``compress.export.convert`` does.
     """
-    data = [edit.get("data") for edit in read_manifest(path).history if edit.get("kind") == "quantize"]
-    _check_engines(read_assignment(data[0]) if data and data[0] else None, targets)
+    data = [edit.get("data") for edit in read_manifest(path).history if edit["kind"] == "quantize"]
+    try:
+        _check_engines(read_assignment(data[0]) if data and data[0] else None, targets)
+    except (AttributeError, KeyError, TypeError, ValueError, RecipeError) as error:
+        raise ArtifactError(
+            f"{Path(path) / 'manifest.json'}: expected a history that says what is quantised, got "
+            f"{type(error).__name__}: {error}. Export again."
+        ) from error
     return add_targets(path, targets, inputs=inputs, options=options, replace=replace, trust=trust, progress=True)
 
 

@@ -13,16 +13,15 @@ from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveragi
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
-from compress.errors import CaptureError, DataError, EditError, RecipeError
+from compress.errors import CaptureError, DataError, EditError
 from compress.quantize.calibrate import calibrate
+from compress.quantize.checks import check_progress, check_settings, check_stages
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
-from compress.quantize.layers import Assignment, make_assignment, write_assignment
-from compress.quantize.parametrize import check_schemes, freeze
+from compress.quantize.layers import make_assignment, write_assignment
+from compress.quantize.parametrize import freeze
 from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
-from compress.quantize.ranges import RANGES
 from compress.quantize.ranks import follow_first_rank
-from compress.quantize.schemes import Scheme
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import find_averages
 from compress.surgery.editor import example_inputs, inputs_of, progress
@@ -46,6 +45,7 @@ class QuantizationAwareTraining(ModelEditor):
     Args:
         scheme: What is quantised and how, one of ``SCHEMES``, or ``w4a8`` and the like.
         start: Progress in [0, 1] from which on fake quantization works.
+        observe: For how much of the progress after that ranges are learned and nothing is rounded yet.
         freeze_batchnorm: Progress from which on BatchNorm statistics and activation ranges stand still.
         layers: Schemes of layers by patterns of their names, as ``{"stages.0.*": "w4a8", "fc": "float"}``; of several
             that match the last one counts.
@@ -73,6 +73,7 @@ class QuantizationAwareTraining(ModelEditor):
         scheme: str = "int8",
         *,
         start: float = 0.7,
+        observe: float = 0.0,
         freeze_batchnorm: float = 0.9,
         layers: Mapping[str, str] | None = None,
         keep: Sequence[str] = (),
@@ -86,42 +87,24 @@ class QuantizationAwareTraining(ModelEditor):
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
-        if not 0 <= start <= 1:
-            raise RecipeError(
-                f"quantize.start: expected a value in [0, 1], got {start}. Use 0.7 for the last 30 %, or 1 to quantise "
-                "after training."
-            )
-        if ranges not in RANGES:
-            raise RecipeError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {ranges!r}. Choose one.")
-        if num_batches < 1:
-            raise RecipeError(f"quantize.num_batches: expected at least 1, got {num_batches}. Use 32, say.")
-        if improve and start < 1:
-            raise RecipeError(
-                f"quantize.improve: expected quantize.start 1, got {start}. Training would undo what is improved "
-                "without it: set start: 1, or leave improve out."
-            )
-        if start < 1 and not start <= freeze_batchnorm <= 1:
-            raise RecipeError(
-                f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze_batchnorm}. "
-                "Freeze after quantization has started."
-            )
+        check_progress(start, observe, freeze_batchnorm)
         self.assignment = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
-        if learn_steps and start == 1:
-            raise RecipeError(
-                "quantize.learn_steps: expected training in integers, got start 1. Set start below 1, or leave it out."
-            )
-        if learn_steps and (others := [scheme.name for scheme in self.assignment.schemes if not scheme.fixed_steps]):
-            raise RecipeError(
-                "quantize.learn_steps: expected schemes of integers with a step for a channel or a tensor, got "
-                f"{', '.join(others)}. Leave it out, or choose another quantize.scheme."
-            )
+        check_settings(
+            self.assignment,
+            start=start,
+            ranges=ranges,
+            num_batches=num_batches,
+            learn_steps=learn_steps,
+            observes=observe > 0,
+            improve=improve,
+            fallback=fallback,
+        )
         if progressive is not None:
-            _check_stages(progressive, self.assignment.scheme, start, freeze_batchnorm)
-        if fallback is not None:
-            _check_fallback(fallback, self.assignment, {"learn_steps": learn_steps, "improve": bool(improve)})
+            check_stages(progressive, self.assignment.scheme, round(start + observe, 9), freeze_batchnorm)
         self.fallback = fallback
         self.progressive = progressive
         self.start = start
+        self.observe = observe
         self.freeze_batchnorm = freeze_batchnorm
         self.ranges = ranges
         self.num_batches = num_batches
@@ -143,7 +126,10 @@ class QuantizationAwareTraining(ModelEditor):
             EditError: when there has been no fit that reached ``start``.
         """
         if self._trained is None:
-            raise EditError("quantize: expected a finished fit to convert, got none. Call trainer.fit first.")
+            raise EditError(
+                "quantize: expected a finished fit to convert, got none, or one that had no step left to take. Call "
+                "trainer.fit first, with more epochs than its checkpoint has seen."
+            )
         network, edit = self._trained
         return deployed_form(network, example_tensors(edit))
 
@@ -211,6 +197,7 @@ class QuantizationAwareTraining(ModelEditor):
             network = self.network(pl_module)
             self._frozen = now >= self.freeze_batchnorm
             freeze(network, self._frozen)
+            self._set_rounding(network, now)
             self._set_bits(network, now)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -229,12 +216,28 @@ class QuantizationAwareTraining(ModelEditor):
                 f"quantize.start: expected training to go beyond {self.start} of its steps, and it ended before: "
                 f"{self.attribute} is as it was, in floats. Start earlier, or train longer."
             )
+        self._keep(pl_module)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what a checkpoint of the last epoch holds, from which Lightning trains nothing and ends no training."""
+        if self._trained is None or self._trained[0] is not self.network(pl_module):
+            self._keep(pl_module)
+
+    def _keep(self, pl_module: pl.LightningModule) -> None:
         self.__dict__.pop("converted", None)
         self._trained = None
         if _is_quantized(pl_module):
             network = self.network(pl_module)
+            self._set_rounding(network, 1.0)
             self._set_bits(network, 1.0)
             self._trained = network, list(history_of(pl_module))[-1]
+
+    def _set_rounding(self, network: nn.Module, now: float) -> None:
+        """Let fake quantizers observe alone at first."""
+        modules: Iterable[Any] = network.modules() if self.observe else ()
+        for module in modules:
+            if hasattr(module, "fake_quant_enabled"):
+                module.fake_quant_enabled[0] = int(now >= self.start + self.observe)
 
     def _set_bits(self, network: nn.Module, now: float) -> None:
         if self.progressive is None:
@@ -280,12 +283,13 @@ class QuantizationAwareTraining(ModelEditor):
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""
-        sampler: Any = getattr(trainer.train_dataloader, "sampler", None)
+        loader: Any = trainer.train_dataloader
+        sampler: Any = getattr(loader, "sampler", None)
         if hasattr(sampler, "set_epoch"):  # in the order of the last epoch, which a fit that goes on here has not seen
             sampler.set_epoch(max(0, trainer.current_epoch - 1))
         batches = (
             inputs_of(trainer.strategy.batch_to_device(batch, pl_module.device), otherwise="Train with start below 1.")
-            for batch in itertools.islice(trainer.train_dataloader or [], self.num_batches)
+            for batch in itertools.islice([] if loader is None else loader, self.num_batches)  # may have no length
         )
         first = next(batches, None)
         if first is None:
@@ -312,30 +316,6 @@ _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 def _is_quantized(pl_module: pl.LightningModule) -> bool:
     return history_of(pl_module).count(QuantizationAwareTraining.kind) > 0
-
-
-def _check_fallback(fallback: str, assignment: Assignment, others: Mapping[str, bool]) -> None:
-    if fallback != "parametrize":
-        raise RecipeError(f"quantize.fallback: expected parametrize or null, got {fallback!r}. Choose one.")
-    check_schemes(assignment)
-    if given := [f"quantize.{key}" for key, value in others.items() if value]:
-        raise RecipeError(
-            f"quantize.fallback: expected none of what needs a graph beside it, got {', '.join(given)}. "
-            "Leave one of the two out."
-        )
-
-
-def _check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -> None:
-    if stages.bits[-1] != scheme.weight_bits:
-        raise RecipeError(
-            f"quantize.progressive: expected {scheme.weight_bits} bits in the end, those of scheme {scheme.name!r}, "
-            f"got {stages.bits[-1]}. Change one of the two."
-        )
-    if not start <= stages.at[0] <= stages.at[-1] <= freeze:
-        raise RecipeError(
-            f"quantize.progressive.at: expected values in [{start}, {freeze}], from start to freeze_batchnorm, got "
-            f"{list(stages.at)}. Ranges stand still on the last bits only."
-        )
 
 
 def _share_ranges(trainer: pl.Trainer, network: nn.Module) -> None:

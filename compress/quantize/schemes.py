@@ -11,6 +11,9 @@ from compress.errors import RecipeError
 
 __all__ = ["FLOAT", "SCHEMES", "Scheme", "get_scheme", "read_scheme", "register", "write_scheme"]
 
+# Where no engine has a kernel, or its kernel gives other numbers: Inductor's int8 products of dynamic activations were
+# 14 % off on a network of three linear layers (torch 2.13, torchao 0.18).
+_NO_KERNEL = ("eager",)
 _LOW_BITS = re.compile(r"w([2-8])a([2-8])")
 
 
@@ -59,8 +62,13 @@ class Scheme:
 
     @property
     def integer_products(self) -> bool:
-        """Whether products take integers on both sides, for which engines have kernels."""
+        """Whether products take integers on both sides."""
         return self.number == "int" and self.activation_bits is not None and self.activation_bits <= 8
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether some engine computes products in integers."""
+        return self.integer_products and self.engines != _NO_KERNEL
 
     @property
     def fixed_steps(self) -> bool:
@@ -110,10 +118,6 @@ def register(scheme: Scheme) -> Scheme:
     return SCHEMES.setdefault(scheme.name, scheme)
 
 
-# Where no engine has a kernel, or its kernel gives other numbers: Inductor's int8 products of dynamic activations were
-# 14 % off on a network of three linear layers (torch 2.13, torchao 0.18).
-_NO_KERNEL = ("eager",)
-
 FLOAT = register(Scheme("float", "nothing, for single layers", None, None))
 for _scheme in (
     Scheme("int8", "int8 weights per output channel, uint8 affine activations per tensor: best on x86"),
@@ -131,7 +135,7 @@ for _scheme in (
     ),
     Scheme(
         "int8_dynamic",
-        "linear layers: int8 weights, activations by the range of each batch; needs no calibration",
+        "linear layers: int8 weights, activations by the range of each batch, no calibration; runs in floating point",
         dynamic=True,
         linear_only=True,
         engines=_NO_KERNEL,

@@ -1,20 +1,27 @@
 """What a network loses with the weights of one layer at few bits, all else untouched.
 
-Weights are rounded where they stand, the network is judged, and the weights get their values back, bit for bit.
+Weights are rounded where they stand, the network is judged, and the weights get their values back, bit for bit. In a
+graph they stand where they are multiplied by, whatever code has computed them and from which parameters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TypeVar
+from contextlib import ExitStack, contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.nn.utils.parametrize import is_parametrized
 
-from compress.quantize.annotate import FEWEST_UNITS
+from compress.measure.modes import kept_modes
+from compress.quantize.annotate import FEWEST_UNITS, layer_of, products, weights_of
+from compress.quantize.normalize import constant_of, normalize, parameters_alone
+from compress.surgery import Captured, capture
 
-__all__ = ["BITS", "measure_bits", "num_weights", "round_weight", "rounded"]
+__all__ = ["BITS", "capture_layers", "measure_bits", "num_weights", "round_weight", "rounded"]
 
 BITS = (8, 4, 2)
 
@@ -24,6 +31,21 @@ _NUM_ITERATIONS = 30
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _OF_SEVERAL = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
 """Layers with several weights, which have one name where schemes are given to layers."""
+
+
+def capture_layers(network: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+    """Return a network as a graph in which all layers are found that schemes are given to, however they are written.
+
+    Args:
+        network: Its parameters are shared, not copied.
+        inputs: Example inputs, at least two samples each.
+
+    Raises:
+        CaptureError: when the network cannot be captured.
+    """
+    captured = capture(network, inputs)
+    normalize(captured.graph_module)
+    return captured
 
 
 def measure_bits(
@@ -37,7 +59,7 @@ def measure_bits(
     """Return what ``loss`` says of a network with one layer after the other rounded.
 
     Args:
-        network: Its weights are changed in place for each point and restored.
+        network: As it is or from ``capture_layers``; its weights are changed in place for each point and restored.
         loss: Judges the network; it must neither change it nor depend on anything but its weights.
         bits: Bits to try.
         done: Points of an earlier call, which are not measured again.
@@ -71,14 +93,19 @@ def measure_bits(
 def num_weights(network: nn.Module) -> dict[str, int]:
     """Return how many weights each layer has that schemes quantise, without biases, which stay as they are.
 
-    These are convolutions, linear layers, ``nn.MultiheadAttention``, LSTMs, and GRUs from 256 units on.
+    These are convolutions, linear layers, ``nn.MultiheadAttention``, LSTMs, and GRUs from 256 units on. A graph has
+    them by the names that schemes are given by, and with them all other products with parameters.
 
     Example:
         >>> num_weights(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
         {'0': 6}
     """
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters(remove_duplicate=False)}
-    return {layer: sum(sizes[name] for name in names) for layer, names in _weights(network).items()}
+    if isinstance(network, Captured):
+        layers = _products(network.graph_module).items()
+        # A layer that is called twice computes a weight twice, and has it once.
+        nodes = {layer: {_formula(weight): weight for _, weight in factors} for layer, factors in layers}
+        return {layer: sum(node.meta["val"].numel() for node in own.values()) for layer, own in nodes.items()}
+    return {layer: sum(_value(*weight).numel() for weight in own) for layer, own in _weights(network).items()}
 
 
 @contextmanager
@@ -90,16 +117,13 @@ def rounded(network: nn.Module, layer: str, bits: int) -> Iterator[nn.Module]:
         layer: Its name.
         bits: At least 2.
     """
-    weights = [network.get_parameter(name) for name in _weights(network)[layer]]
-    kept = [weight.detach().clone() for weight in weights]
-    with torch.no_grad():
-        for weight, values in zip(weights, kept):
-            weight.copy_(round_weight(values, bits))
-        try:
-            yield network
-        finally:
-            for weight, values in zip(weights, kept):
-                weight.copy_(values)
+    with torch.no_grad(), ExitStack() as stack:
+        if isinstance(network, Captured):
+            stack.enter_context(_rounded_factors(network.graph_module, layer, bits))
+        else:
+            for owner, name in _weights(network)[layer]:
+                stack.enter_context(_rounded_weight(owner, name, bits))
+        yield network
 
 
 def round_weight(weight: Tensor, bits: int) -> Tensor:
@@ -127,16 +151,103 @@ def round_weight(weight: Tensor, bits: int) -> Tensor:
     return ((rows / scale).round().clamp(-half, half - 1) * scale).to(weight.dtype).view_as(weight)
 
 
-def _weights(network: nn.Module) -> dict[str, list[str]]:
-    """Return the names of each layer's weights."""
+def _products(graph_module: GraphModule) -> dict[str, list[tuple[Node, Node]]]:
+    """Return each layer's products, with what they multiply by that follows from parameters alone."""
+    fixed = parameters_alone(graph_module)
+    found: dict[str, list[tuple[Node, Node]]] = {}
+    for node in products(graph_module):
+        factors = [(node, weight) for weight in weights_of(node) if weight in fixed]
+        if factors:
+            found.setdefault(layer_of(node), []).extend(factors)
+    return found
+
+
+def _formula(node: Node) -> str:
+    """Return how a weight is computed, in words that are the same wherever it is computed."""
+    if node.op == "get_attr":
+        return str(node.target)
+    return f"{node.target}{map_arg((node.args, node.kwargs), _formula)}"
+
+
+@contextmanager
+def _rounded_factors(graph_module: GraphModule, layer: str, bits: int) -> Iterator[None]:
+    """Let a layer's products multiply by rounded weights; another layer's products with the same weights do not."""
+    stand_ins: list[tuple[Node, Node, Node]] = []
+    for number, (node, weight) in enumerate(_products(graph_module)[layer]):
+        values = round_weight(constant_of(graph_module, weight), bits)
+        graph_module.register_buffer(f"rounded_{number}", values)
+        with graph_module.graph.inserting_before(node):
+            stand_in = graph_module.graph.get_attr(f"rounded_{number}")
+        node.replace_input_with(weight, stand_in)
+        stand_ins.append((node, weight, stand_in))
+    graph_module.recompile()
+    try:
+        yield
+    finally:
+        for node, weight, stand_in in stand_ins:
+            node.replace_input_with(stand_in, weight)
+            graph_module.graph.erase_node(stand_in)
+            delattr(graph_module, str(stand_in.target))
+        graph_module.recompile()
+
+
+def _weights(network: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Return each layer's weights: the module that has it, and its name there."""
     modules = dict(network.named_modules())
-    found: dict[str, list[str]] = {}
+    found: dict[str, list[tuple[nn.Module, str]]] = {}
     for layer, module in modules.items():
         if isinstance(module, _OF_SEVERAL) and not (isinstance(module, nn.GRU) and module.hidden_size < FEWEST_UNITS):
-            names = [name for name, _ in module.named_parameters() if "weight" in name]
+            parts = [module, module.out_proj] if isinstance(module, nn.MultiheadAttention) else [module]
+            own = [(part, name) for part in parts for name in _names(part) if "weight" in name]
         elif isinstance(module, _LAYERS) and not isinstance(modules[layer.rpartition(".")[0]], nn.MultiheadAttention):
-            names = ["weight"]
+            own = [(module, name) for name in _names(module) if name == "weight"]
         else:
             continue
-        found[layer] = [f"{layer}.{name}" if layer else name for name in names]
+        if own:  # not where a hook computes the weight before each call
+            found[layer] = own
     return found
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Return the names of a module's own parameters, and of what parametrizations compute."""
+    parametrized: Any = getattr(module, "parametrizations", {})
+    return [*dict(module.named_parameters(recurse=False)), *parametrized]
+
+
+def _value(owner: nn.Module, name: str) -> Tensor:
+    """Return a weight as it is in evaluation: in training, spectral norms change when they are asked."""
+    with kept_modes(owner, training=False), torch.no_grad():
+        weight: Tensor = getattr(owner, name)
+        return weight
+
+
+@contextmanager
+def _rounded_weight(owner: nn.Module, name: str, bits: int) -> Iterator[None]:
+    """Let a module have a rounded weight; what parametrizations have computed is rounded behind the last of them."""
+    weight = _value(owner, name)
+    values = weight.clone()
+    if is_parametrized(owner, name):
+        parametrizations: Any = owner.parametrizations
+        chain = parametrizations[name]
+        chain.append(_Given(round_weight(values, bits)))
+        try:
+            yield
+        finally:
+            del chain[-1]
+        return
+    weight.copy_(round_weight(values, bits))
+    try:
+        yield
+    finally:
+        weight.copy_(values)
+
+
+class _Given(nn.Module):
+    """A parametrization whose result is known."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = values
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.values

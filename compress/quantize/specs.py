@@ -132,7 +132,7 @@ def _in_float32(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, 
 def _around_zero(module: Any, inputs: tuple[Tensor, ...]) -> None:
     """Keep a symmetric range symmetric: of values that are never negative, the kernel would make an affine one."""
     low, high = module.activation_post_process.min_val, module.activation_post_process.max_val
-    if torch.isinf(high).any():  # nothing seen yet
+    if torch.isinf(high).any() and module.observer_enabled[0]:  # nothing seen yet
         _start(low, high, *torch.aminmax(inputs[0].detach()))
     widened = torch.minimum(low, -high.abs().clamp(min=torch.finfo(torch.float32).tiny))
     low.copy_(torch.where(torch.isinf(high), low, widened))

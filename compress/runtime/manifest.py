@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import ArtifactError
+from compress.runtime.kinds import check_content, check_kinds, check_target
 from compress.runtime.values import check_labels, check_scaling
 
 __all__ = [
@@ -165,12 +166,15 @@ def manifest_bytes(path: str | Path) -> bytes:
         path: The artefact's directory.
 
     Raises:
-        ArtifactError: when there is none.
+        ArtifactError: when there is none, or it may not be read.
     """
     file = Path(path) / "manifest.json"
-    if not file.is_file():
-        raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give its directory.")
-    return file.read_bytes()
+    try:
+        if file.is_file():
+            return file.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{file}: expected to read it, got {error}. Give an artefact that may be read.") from error
+    raise ArtifactError(f"{path}: expected an artefact with a manifest.json, got none. Give its directory.")
 
 
 def parse_manifest(text: bytes, path: str | Path) -> Manifest:
@@ -251,8 +255,8 @@ def check_text(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Co
     Raises:
         ValueError: when they cannot, or a value is not what it must be; ``KeyError`` and ``TypeError`` likewise.
     """
-    _check_kinds(steps, {"tokenizer": str, "length": int, "padding": dict, "truncation": dict, "inputs": list})
-    _check_kinds(steps["padding"], {"token": str, "id": int, "type_id": int})
+    check_kinds(steps, {"tokenizer": str, "length": int, "padding": dict, "truncation": dict, "inputs": list})
+    check_kinds(steps["padding"], {"token": str, "id": int, "type_id": int})
     length, parts = steps["length"], steps["inputs"]
     if steps["tokenizer"] not in files:
         raise ValueError(f"tokenizer {steps['tokenizer']!r} is none of the files")
@@ -265,43 +269,18 @@ def check_text(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Co
             raise ValueError(f"texts of {length} tokens for {spec.name}, of shape {list(spec.shape)}")
 
 
-_OPTIONAL: dict[str, type] = {
-    **dict.fromkeys(("labels", "products"), list),
-    **dict.fromkeys(("preprocessing", "cleanup", "agreement", "gates", "files"), dict),
-    "scheme": str,
-    "max_batch": int,
-}
-_KINDS: dict[str, type] = {
-    **dict.fromkeys(("name", "created", "task"), str),
-    **dict.fromkeys(("inputs", "outputs", "history"), list),
-    **dict.fromkeys(("targets", "metrics", "versions", "skipped"), dict),
-}
-_TARGET_KINDS: dict[str, type] = {
-    **dict.fromkeys(("file", "sha256"), str),
-    **dict.fromkeys(("census", "agreement", "requires", "parts", "options"), dict),
-    "bytes": int,
-}
-
-
 def _parse(content: dict[str, Any]) -> Manifest:
-    present = {key: kind for key, kind in _OPTIONAL.items() if content.get(key) is not None}
-    _check_kinds(content, _KINDS | present)
-    if content.get("max_batch") is not None and content["max_batch"] < 1:
-        raise ValueError(f"max_batch {content['max_batch']}")
+    check_content(content)
     for target in content["targets"].values():
-        _check_kinds({"parts": {}, "options": {}, **target}, _TARGET_KINDS)
-        _check_kinds(target.get("parts", {}), dict.fromkeys(target.get("parts", {}), str))
-        _check_requires(target["requires"])
+        check_target(target)
     inputs = tuple(_spec(entry) for entry in content["inputs"])
     outputs = tuple(_spec(entry) for entry in content["outputs"])
     if not inputs or not outputs:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
     check_labels(content.get("labels"), outputs[0].shape)
-    files = content.get("files", {})
-    _check_kinds(files, dict.fromkeys(files, str))
     steps = content.get("preprocessing") or {}
     if preprocesses_text(steps):
-        check_text(steps, inputs, files)
+        check_text(steps, inputs, content.get("files", {}))
     elif steps:
         check_scaling(steps, inputs[0].shape)
     return Manifest(
@@ -314,20 +293,14 @@ def _parse(content: dict[str, Any]) -> Manifest:
     )
 
 
-def _check_requires(requires: Mapping[str, Any]) -> None:
-    kinds = {"flags": list, "versions": dict, **dict.fromkeys(("system", "arch", "torch", "cuda"), str)}
-    _check_kinds(requires, {key: kind for key, kind in kinds.items() if key in requires})
-    words = [*requires.get("flags", []), *requires.get("versions", {}), *requires.get("versions", {}).values()]
-    if not all(isinstance(word, str) and word for word in words):
-        raise ValueError(f"requirements {words}")
-
-
 def _spec(entry: dict[str, Any]) -> TensorSpec:
-    _check_kinds(entry, {"name": str, "dtype": str, "shape": list})
+    check_kinds(entry, {"name": str, "dtype": str, "shape": list})
     sizes = entry["shape"]
     if not sizes or sizes[0] is not None or not all(size is None or isinstance(size, int) for size in sizes):
         raise ValueError(f"shape {sizes} of {entry['name']}")
-    np.dtype(entry["dtype"])
+    known = np.sctypeDict.get(entry["dtype"])  # np.dtype reads expressions, and raises whatever they make it raise
+    if known is None or np.dtype(known).kind not in "biufc":
+        raise ValueError(f"dtype {entry['dtype']!r} of {entry['name']}")
     ranges = {int(key): _range(value) for key, value in entry.get("ranges", {}).items()}
     if any(not 0 < dimension < len(sizes) or sizes[dimension] is not None for dimension in ranges):
         raise ValueError(f"ranges {sorted(ranges)} of {entry['name']}")
@@ -335,16 +308,10 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
 
 
 def _range(entry: dict[str, Any]) -> Range:
-    _check_kinds(entry, {"name": str, "smallest": int, "typical": int})
+    check_kinds(entry, {"name": str, "smallest": int, "typical": int})
     largest = entry["largest"]
     if largest is not None and not isinstance(largest, int):
         raise TypeError(f"largest is of type {type(largest).__name__}")
     if not 0 < entry["smallest"] <= entry["typical"] <= (entry["typical"] if largest is None else largest):
         raise ValueError(f"sizes of {entry['name']}")
     return Range(**entry)
-
-
-def _check_kinds(content: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(content[key], kind):
-            raise TypeError(f"{key} is of type {type(content[key]).__name__}")

@@ -11,6 +11,7 @@ import numpy as np
 from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.buffers import check_buffer, fill
+from compress.runtime.classes import check_classes
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
 from compress.runtime.inputs import in_order, raw_inputs
@@ -96,7 +97,7 @@ class CompactModel:
         return _join([self._serve(part, len(part[0])) for part in parts])
 
     def predict(self, raw: Any) -> tuple[list[str] | list[int], np.ndarray]:
-        """Predict labels for raw values, with the manifest's preprocessing.
+        """Predict labels for raw values, with the manifest's preprocessing, by the largest output of each sample.
 
         Args:
             raw: Array of shape (N, H, W), (N, C, H, W) or whatever the input has, values as they are stored; a list of
@@ -106,9 +107,11 @@ class CompactModel:
             Labels (class numbers where the manifest has none), and probabilities of shape (N, classes).
 
         Raises:
-            ArtifactError: when the shape does not fit, or the artefact holds no tokenizer for texts.
+            ArtifactError: when the outputs are not of shape (N, classes), the shape of the values does not fit, or the
+                artefact holds no tokenizer for texts.
             MissingPackageError: when texts are given and ``tokenizers`` is not installed.
         """
+        check_classes(self.manifest)
         logits = np.asarray(self(*raw_inputs(raw, self.manifest, self._encode)), dtype=np.float64)
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = exponents / exponents.sum(-1, keepdims=True)

@@ -47,8 +47,17 @@ def check_scaling(steps: Mapping[str, Any], shape: Shape) -> None:
     for key in ("mean", "std"):
         if not isinstance(steps[key], list | tuple):
             raise TypeError(f"{key} is of type {type(steps[key]).__name__}")
-        values = np.asarray([float(value) for value in steps[key]])
-        if len(values) not in (1, channels or len(values)) or not np.isfinite(values).all():
+        values = _numbers(steps[key])
+        if len(values) not in (1, channels or max(1, len(values))) or not np.isfinite(values).all():
             raise ValueError(f"{key} {steps[key]} for {channels} channels")
-    if not all(steps["std"]) or not np.isfinite(float(steps["scale"])):
+    if not _numbers(steps["std"]).all() or not np.isfinite(_numbers([steps["scale"]])).all():
         raise ValueError(f"std {steps['std']} and scale {steps['scale']}")
+
+
+def _numbers(values: Sequence[Any]) -> np.ndarray:
+    """Return values as preprocessing takes them: in float32, which makes infinity or zero of the farthest."""
+    try:
+        with np.errstate(over="ignore", under="ignore"):
+            return np.asarray([float(value) for value in values]).astype(np.float32)
+    except OverflowError as error:  # an integer that no float holds
+        raise ValueError(str(error)) from error

@@ -212,6 +212,19 @@ def test_moving_average_is_the_average_of_the_students_weights() -> None:
     assert not any("average" in name or "teacher" in name for name in module.state_dict())
 
 
+def test_what_was_pruned_teaches_itself_in_integers() -> None:
+    torch.manual_seed(0)
+    module = make(teacher=EarlierSelf("quantize"), losses=[SoftTarget(weight=0.5)])
+    pruning = StructuredPruning(0.5, schedule="one_shot", start=0.2, end=0.4, round_to=4)
+    trainer(max_epochs=4, callbacks=[pruning, QuantizationAwareTraining(start=0.6)]).fit(module, loader())
+    assert [edit.kind for edit in history_of(module)] == ["prune", "quantize"]
+    assert module.teacher is not None
+    assert module.teacher.get_parameter("conv1.weight").shape[0] == 8
+    assert not any("fake_quant" in name for name in module.teacher.state_dict())
+    with pytest.raises(RecipeError, match=r"teacher\.before: expected prune or quantize, got 'export'"):
+        EarlierSelf("export")
+
+
 @pytest.mark.parametrize("own", [MovingAverage, EarlierSelf])
 def test_own_teachers_live_through_pruning_quantization_and_resume(own: Any, tmp_path: Path) -> None:
     def fit(stop: int | None) -> Distiller:

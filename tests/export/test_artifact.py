@@ -1,18 +1,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from compress.errors import ExportError
 from compress.export import Gates, building, export_artifact
-from compress.export.targets import ExportSkippedError, aoti, eager, onnxruntime
+from compress.export.targets import Census, ExportSkippedError, aoti, eager, onnxruntime
 from compress.runtime.engines import Engine, make_engine
 from compress.runtime.manifest import check_file, read_manifest
 from compress.runtime.trust import SIGNATURE
+from compress.surgery.capture import export_program
 from tests.export.programs import HERE, LABELS, PREPROCESSING, artifact, floating, quantized
 
 
@@ -150,6 +153,48 @@ def test_a_target_that_its_engine_does_not_load_is_skipped_and_said(
     assert list(manifest.targets) == ["eager"]
     assert list(manifest.skipped) == ["onnxruntime"]
     assert not (tmp_path / "a" / "model.onnx").exists()
+
+
+def test_a_target_that_would_compute_in_floats_is_skipped_where_another_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = building.with_macs
+    monkeypatch.setattr(building, "with_macs", lambda *given: Census(0, 7) if given[2] == "openvino" else count(*given))
+    trained = quantized()
+    given: dict[str, Any] = {"reference": trained.reference, "held_out": [trained.inputs], "scheme": "int8"}
+    given["gates"] = Gates(min_top1_agreement=0.95)
+    with pytest.warns(UserWarning, match=r"openvino: expected at least 0\.5 .* floating point\. Going on"):
+        manifest = export_artifact(trained.program, tmp_path / "a", targets=["openvino", "onnxruntime"], **given)
+    assert (list(manifest.targets), list(manifest.skipped)) == (["onnxruntime"], ["openvino"])
+    assert not list((tmp_path / "a").glob("*openvino*"))
+    with pytest.raises(ExportError, match=r"openvino: expected at least 0\.5 of the multiply-accumulates in int8"):
+        export_artifact(trained.program, tmp_path / "b", targets=["openvino"], **given)
+    with pytest.raises(ExportError, match=r"got targets that compute in floats: eager\. Add onnxruntime"):
+        export_artifact(trained.program, tmp_path / "b", targets=["eager"], **given)
+    given["gates"] = Gates(min_top1_agreement=0.95, min_int8_fraction=0)
+    assert list(export_artifact(trained.program, tmp_path / "b", targets=["eager"], **given).targets) == ["eager"]
+
+
+def test_a_target_whose_library_is_missing_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    program, reference, inputs = floating()
+    with pytest.warns(UserWarning, match=r"openvino: .*pip install .*Going on with the other targets"):
+        manifest = export_artifact(
+            program, tmp_path / "a", targets=["openvino", "eager"], reference=reference, held_out=[inputs]
+        )
+    assert (list(manifest.targets), list(manifest.skipped)) == (["eager"], ["openvino"])
+
+
+def test_several_outputs_are_refused_in_words(tmp_path: Path) -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x + 1, x * 2
+
+    x = torch.ones(4, 3)
+    with pytest.raises(ExportError, match="reference: expected one tensor as output, got something else"):
+        export_artifact(
+            export_program(Two(), [x[:2]]), tmp_path / "a", targets=["eager"], reference=Two(), held_out=[x]
+        )
 
 
 @pytest.mark.parametrize("broken", ["build", "run"])

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +16,7 @@ from torch.export import ExportedProgram
 
 from compress.errors import ArtifactError, CompressError, ExportError
 from compress.export import Gates, conversion, convert, export_artifact
-from compress.export.targets import ExportSkippedError, onnxruntime
+from compress.export.targets import ExportSkippedError, onnxruntime, openvino
 from compress.runtime import load, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours
 from tests.export.networks import network
@@ -32,7 +37,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
         reference=trained.reference,
         held_out=[trained.inputs],
         scheme="int8",
-        gates=Gates(min_top1_agreement=0.9),
+        gates=Gates(min_top1_agreement=0.9, min_int8_fraction=0),
     )
     return path
 
@@ -250,6 +255,107 @@ def test_the_artefact_loads_wherever_the_process_ends(
         for name in read_manifest(path).targets:
             outputs = load(path, engine=name)(x)
             assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
+
+
+@contextmanager
+def lock_of(directory: Path) -> Iterator[None]:
+    fcntl = pytest.importorskip("fcntl", reason="this system has no such lock")
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.skipif("openvino" not in HERE, reason="needs a second engine")
+def test_what_another_adds_meanwhile_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build = openvino.build
+
+    def meanwhile(program: ExportedProgram, path: Path) -> Any:
+        convert(copy, ["onnxruntime"])
+        return build(program, path)
+
+    monkeypatch.setattr(openvino, "build", meanwhile)
+    manifest = convert(copy, ["openvino"])
+    assert manifest == read_manifest(copy)
+    assert list(manifest.targets) == ["eager", "onnxruntime", "openvino"]
+    assert is_ours(copy)
+    for name in manifest.targets:
+        assert load(copy, engine=name).engine == name
+
+
+@pytest.mark.usefixtures("built_once")
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda copy: convert(copy, ["onnxruntime"]), ExportError, "does not have, got onnxruntime"),
+        (
+            lambda copy: edit(copy, lambda manifest: manifest.update(created="later")),
+            ArtifactError,
+            "expected the artefact that is converted, got another",
+        ),
+    ],
+)
+def test_what_has_changed_meanwhile_is_not_overwritten(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, change: Any, error: type[Exception], message: str
+) -> None:
+    found: list[dict[str, bytes]] = []
+
+    def meanwhile(program: ExportedProgram, path: Path) -> Any:
+        if not found:
+            found.append({})
+            change(copy)
+            found[0] = {file.name: file.read_bytes() for file in copy.iterdir() if file.is_file()}
+        return _build(program, path)
+
+    monkeypatch.setattr(onnxruntime, "build", meanwhile)
+    with pytest.raises(error, match=message):
+        convert(copy, ["onnxruntime"])
+    assert content(copy) == found[0]
+
+
+@pytest.mark.usefixtures("built_once")
+def test_nobody_else_converts_while_files_are_moved(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[Path] = []
+    move = conversion.os.replace
+
+    def replace(source: Path, place: Path) -> None:
+        moved.append(place)
+        with pytest.raises(BlockingIOError), lock_of(copy):
+            pass
+        move(source, place)
+
+    monkeypatch.setattr(conversion.os, "replace", replace)
+    convert(copy, ["onnxruntime"])
+    assert len(moved) == 4
+    with lock_of(copy):
+        pass
+
+
+@pytest.mark.usefixtures("built_once")
+def test_a_second_one_waits_before_it_reads(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = threading.Event()
+    read = conversion.read_signed
+
+    def noted(path: Path) -> Any:
+        reads.set()
+        return read(path)
+
+    monkeypatch.setattr(conversion, "read_signed", noted)
+    with ThreadPoolExecutor(1) as pool:
+        with lock_of(copy):
+            second = pool.submit(convert, copy, ["onnxruntime"])
+            assert not reads.wait(0.5)
+        assert "onnxruntime" in second.result().targets
+
+
+def test_no_artefact_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match="nowhere: expected an artefact"):
+        convert(tmp_path / "nowhere", ["onnxruntime"])
+    with pytest.raises(ArtifactError, match="expected an artefact with a manifest"):
+        convert(tmp_path, ["onnxruntime"])
 
 
 @pytest.mark.usefixtures("built_once")

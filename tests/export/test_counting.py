@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.export import ExportedProgram
 
-from compress.errors import ExportError
+from compress.errors import ArtifactError, ExportError
 from compress.export import Gates, census, export_artifact
 from compress.surgery.capture import export_program
 from tests.export.networks import network
+from tests.export.programs import edit
 
 
 def export(program: ExportedProgram, folder: Path, **gates: Any) -> None:
@@ -34,6 +35,13 @@ def test_the_census_is_that_of_the_compiled_graph(tmp_path: Path) -> None:
     assert (counted.int8_kernels, counted.float_kernels, counted.conversions) == (4, 0, 1)
     assert counted.int8_fraction == 1.0
     assert counted.macs == counted.int8_macs == 8 * 64 * 27 + 8 * 64 * 9 + 12 * 16 * 8 + 12 * 4
+    edit(tmp_path / "a", lambda manifest: manifest["targets"]["onnxruntime"]["census"].update(more=1))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: expected a manifest, got .* a census with more"):
+        census(tmp_path / "a")
+    edit(tmp_path / "a", lambda manifest: manifest["targets"]["onnxruntime"]["census"].pop("more"))
+    edit(tmp_path / "a", lambda manifest: manifest["products"][0].pop("macs"))
+    with pytest.raises(ArtifactError, match=r"manifest\.json: expected a manifest, got KeyError: 'macs'"):
+        census(tmp_path / "a")
 
 
 def test_a_network_with_its_largest_layer_in_floats_fails_the_gate(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from compress.export.graph import (
     rewritten,
     widen_single_channels,
 )
+from compress.export.passes import clean_up
 from compress.export.targets import onnxruntime
 from compress.quantize import convert, prepare
 from compress.runtime.engines import make_engine
@@ -70,6 +71,15 @@ def test_programs_without_narrow_convolutions_are_left_alone() -> None:
 def test_input_specs_say_what_is_dynamic() -> None:
     assert input_specs(quantized().program) == (TensorSpec("x", "float32", (None, 1, 8, 8)),)
     assert largest_batch(quantized().program) == 65535
+
+
+def test_what_is_captured_anew_keeps_its_largest_batch() -> None:
+    network = nn.Sequential(nn.Linear(3, 3), nn.Dropout(), nn.Identity()).eval()
+    program = export_program(network, [torch.ones(2, 3)], largest_batch=256)
+    cleaned, _ = clean_up(program)
+    assert cleaned is not program
+    assert largest_batch(cleaned) == 256
+    assert largest_batch(rewritten(program, lambda graph_module: 1)) == 256
 
 
 def test_a_fixed_batch_size_is_refused() -> None:

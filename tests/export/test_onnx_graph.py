@@ -289,6 +289,20 @@ def test_means_over_the_picture_become_pooling(axes: list[int], keep: int, poole
     np.testing.assert_allclose(run(changed, x), run(made, x), atol=1e-6)
 
 
+def test_volumes_are_not_pooled_as_images_are() -> None:
+    made = model(
+        [
+            *(node("QuantizeLinear", "x s z", "q"), node("DequantizeLinear", "q s z", "d")),
+            node("ReduceMean", "d axes", "out", keepdims=1),
+        ],
+        {"s": np.float32(0.1), "z": np.uint8(127), "axes": np.array([-2, -1])},
+        {"x": [None, 2, 3, 4, 4]},
+        rank=5,
+    )
+    made.graph.value_info.append(helper.make_tensor_value_info("d", TensorProto.FLOAT, [None, 2, 3, 4, 4]))
+    assert "GlobalAveragePool" not in kinds(applied(made, pool_globally))
+
+
 def test_weights_get_zero_points_of_their_own() -> None:
     made = model(
         [

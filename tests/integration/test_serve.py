@@ -194,9 +194,12 @@ def test_other_paths_and_methods(port: int) -> None:
 def test_what_cannot_be_served_is_said_at_once(tmp_path: Path) -> None:
     plain = Path(shutil.copytree(reviews().artifact, tmp_path / "plain"))
     edit(plain, lambda content: content.update(preprocessing=None))
+    numbers = Path(shutil.copytree(artifact(), tmp_path / "numbers"))
+    edit(numbers, lambda content: content["outputs"][0].update(shape=[None, 5, 3]))
     for path, message in [
         (tmp_path, "expected an artefact with a manifest.json, got none"),
         (plain, "expected an artefact of one input, or with a tokenizer, got 2 inputs"),
+        (numbers, "expected an output of shape (N, classes) to predict a label of each sample, got (N, 5, 3)"),
     ]:
         command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path)]
         done = subprocess.run(

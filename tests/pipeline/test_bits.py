@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 import compress.cli
 from compress.errors import RunError
@@ -20,13 +22,31 @@ from compress.pipeline import open_run
 from compress.pipeline.bits import _is_plain, read_bits
 from compress.pipeline.judging import judge, validation
 from compress.quantize import QuantizationAwareTraining
+from compress.quantize.progressive import Stages
 from compress.quantize.sensitivity import num_weights, rounded
 from compress.recipe import build_recipe, find_recipe, parse_recipe
 from tests.measure.samples import sample_report
-from tests.pipeline.test_sensitivity import WORDS
+from tests.pipeline.test_sensitivity import WORDS, call
 
 step: Any = importlib.import_module("compress.pipeline.bits")
 GIVEN = [*WORDS, "--quantize", "{scheme: int8, start: 0.5}", "--prune", "null"]
+
+
+class Written(nn.Module):
+    """A product that is no layer, and one whose weights a parametrization computes."""
+
+    def __init__(self, branches: bool = False) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(64, 8) / 8)
+        self.fc = nn.Linear(8, 10)
+        self.branches = branches
+        if not branches:
+            nn.utils.parametrizations.weight_norm(self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.branches and x.sum() > 1e9:
+            x = -x
+        return self.fc(x.flatten(1) @ self.mixing)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +105,79 @@ def test_layers_are_not_written_for_another_kind_of_scheme(measured: Path) -> No
     for scheme, plain in (("w4a8", True), ("int8_portable", False), ("int8_weights", False)):
         run.recipe.quantize = QuantizationAwareTraining(scheme)
         assert _is_plain(run) == plain
+
+
+def test_layers_get_bits_that_this_call_asks_for(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(measured, tmp_path / "run"))
+    code, _, err = call(capsys, "sensitivity", path, "--bits", "8", "--average_bits", "5")
+    assert code == 2
+    assert "average_bits: expected at least 8, all layers at their fewest bits, got 5" in err
+    assert call(capsys, "sensitivity", path, "--bits", "8", "4", "--average_bits", "5")[0] == 0
+    bits = read_bits(open_run(path))
+    assert bits is not None
+    assert set(bits.chosen.values()) == {8, 4}
+    assert all([num for num, _ in points] == [8, 4, 2] for points in bits.curves.values())
+    order = json.loads((path / "order.json").read_text())
+    assert order == sorted(order, key=lambda layer: bits.losses()[layer][4])
+
+
+def test_the_order_of_layers_is_what_a_recipe_takes(
+    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(shutil.copytree(measured, tmp_path / "run"))
+    bits = read_bits(open_run(path))
+    assert bits is not None
+    text = (path / "order.json").read_text()
+    order = json.loads(text)
+    assert set(order) == set(bits.sizes)
+    assert order == sorted(order, key=lambda layer: bits.losses()[layer][2])
+    stages = ["--quantize", "{scheme: w4a8, start: 0.5, progressive: {bits: [8, 4], at: [0.5, 0.75]}}"]
+    given = parse_recipe(find_recipe("digits"), [*GIVEN, *stages, "--quantize.progressive.order", text])
+    callback = build_recipe(*given, name="digits").quantize
+    assert callback is not None
+    assert isinstance(callback.progressive, Stages)
+    assert callback.progressive.order == order
+    code, out, _ = call(capsys, "sensitivity", path, "--bits", "8", "2", "--quantize.keep", "[stem.0]")
+    assert code == 0
+    assert f'--quantize.progressive.order "$(cat {path}/order.json)"' in out
+    # A layer whose factors are floats may not stand there.
+    assert json.loads((path / "order.json").read_text()) == [layer for layer in order if layer != "stem.0"]
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_layers_are_those_that_the_recipe_quantises(
+    tmp_path: Path, branches: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = f"{{class_path: tests.pipeline.test_bits.Written, init_args: {{branches: {json.dumps(branches)}}}}}"
+    words = ["--student", student, *GIVEN[GIVEN.index("--trainer.max_epochs") : GIVEN.index("--prune.ignore")]]
+    words += ["--quantize", f"{{start: 0.5, fallback: {'parametrize' if branches else 'null'}}}", "--prune", "null"]
+    words += ["--bits", "2", "--average_bits", "2", "--run_dir", str(tmp_path / "run")]
+    assert call(capsys, "sensitivity", "digits", *words)[0] == 0
+    run = open_run(tmp_path / "run")
+    bits = read_bits(run)
+    assert bits is not None
+    assert bits.sizes == ({"fc": 80} if branches else {"": 512, "fc": 80})
+    assert all(points[0][1] != bits.whole for points in bits.curves.values())
+    layers, order = (json.loads((run.path / f"{name}.json").read_text()) for name in ("layers", "order"))
+    assert set(layers) == set(order) == set(bits.sizes)
+    callback = QuantizationAwareTraining(layers=layers, fallback="parametrize" if branches else None)
+    callback.rehearse(run.network("baseline")[0], [torch.randn(2, 1, 8, 8)])
+
+
+def test_what_was_interrupted_is_gone_on_with_for_the_same_bits(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    path = Path(shutil.copytree(measured, tmp_path / "run"))
+    monkeypatch.setattr(step, "judge", interrupt)
+    given = "--ratios 0.5 --bits 8 3 --average_bits 4.5"
+    code, _, err = call(capsys, "sensitivity", path, "--average_bits", "4.5", "--bits", "8", "3", "--ratios", "0.5")
+    assert code == 130
+    assert err.endswith(f"Go on with: compress sensitivity {path} {given}")
 
 
 def test_what_was_stopped_goes_on(measured: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import DataError, RecipeError
+from compress.errors import DataError, EditError, RecipeError
 from compress.quantize import RANGES, calibrate, convert, prepare
 from compress.quantize.calibrate import float_mode
 from compress.quantize.pt2e import num_quantized
@@ -160,6 +160,14 @@ def test_bad_data_is_refused_and_changes_nothing(
         calibrate(prepared, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.state_dict().items())
     assert prepared.training
+
+
+def test_bad_data_at_first_leaves_ranges_unknown(trained: Residual) -> None:
+    prepared = prepare(copy.deepcopy(trained), [images(2)[0]], "int8_portable")
+    with pytest.raises(DataError, match="expected finite activations"):
+        calibrate(prepared, [(images(8)[0],), (torch.full((4, 1, 8, 8), math.nan),)])
+    with pytest.raises(EditError, match="expected a range for what"):
+        convert(prepared.eval())
 
 
 def test_methods_differ(trained: Residual) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +9,14 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
 from compress.distill import Classification, Distiller
 from compress.errors import EditError, RecipeError
 from compress.quantize import QuantizationAwareTraining, replay_quantize
+from compress.quantize.calibrate import float_mode
 from compress.surgery import Captured, history_of
-from tests.networks import Residual, loader, trainer
+from tests.networks import Residual, images, loader, trainer
 
 
 class Watch(Callback):
@@ -143,6 +147,11 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
         ),
         ({"improve": ["magic"], "start": 1}, r"quantize\.improve: expected some of equalize, smooth, .*, got 'magic'"),
         ({"improve": ["bias"]}, r"quantize\.improve: expected quantize\.start 1, got 0\.7"),
+        (
+            {"observe": 0.3},
+            r"quantize\.observe: expected a value in \[0, 0\.2\], from start to freeze_batchnorm, got 0\.3",
+        ),
+        ({"observe": 0.1, "learn_steps": True}, r"quantize\.observe: expected none beside learn_steps"),
         ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
 )
@@ -165,3 +174,60 @@ def test_a_network_in_evaluation_is_refused_unless_nothing_is_trained_in_integer
     with pytest.raises(EditError, match=r"quantize: expected student in training mode, got it in evaluation"):
         fit(0.5)
     assert history_of(fit(1)).count("quantize") == 1
+
+
+class Stream(IterableDataset):
+    """Samples one by one, nobody knows how many."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(*images(24))
+
+
+def classifier() -> Distiller:
+    pl.seed_everything(0)
+    return Distiller(
+        Residual(), task=Classification(3), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2)
+    )
+
+
+def test_data_without_a_length_calibrate() -> None:
+    module, callback = classifier(), QuantizationAwareTraining(start=1, num_batches=2)
+    trainer(max_steps=2, max_epochs=-1, callbacks=[callback]).fit(module, DataLoader(Stream(), batch_size=12))
+    assert history_of(module).count("quantize") == 1
+
+
+def test_at_first_ranges_alone_are_learned() -> None:
+    rounding: list[set[bool]] = []
+    lost: list[float] = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            network = pl_module.student
+            if isinstance(network, Captured):
+                fakes: list[Any] = [each for each in network.modules() if hasattr(each, "fake_quant_enabled")]
+                rounding.append({bool(fake.fake_quant_enabled[0]) for fake in fakes})
+                network.eval()
+                with torch.no_grad():
+                    got = network(images(12)[0])
+                    with float_mode(network):
+                        lost.append(float((got - network(images(12)[0])).norm()))
+                network.train()
+
+    module, callback = classifier(), QuantizationAwareTraining(start=0.25, observe=0.25, freeze_batchnorm=0.75)
+    trainer(max_epochs=4, callbacks=[callback, Look()]).fit(module, loader())
+    assert rounding == 4 * [{False}] + 8 * [{True}]
+    assert max(lost[:4]) == 0 < min(lost[4:])
+    ranges: list[Any] = [each for each in module.student.modules() if hasattr(each, "activation_post_process")]
+    assert all(torch.isfinite(each.activation_post_process.min_val).all() for each in ranges)
+
+
+def test_a_checkpoint_of_the_last_epoch_can_be_converted(tmp_path: Path) -> None:
+    module, callback = classifier(), QuantizationAwareTraining(start=0.5)
+    first = trainer(max_epochs=2, callbacks=[callback])
+    first.fit(module, loader())
+    first.save_checkpoint(tmp_path / "last.ckpt", weights_only=False)
+    again, other = classifier(), QuantizationAwareTraining(start=0.5)
+    trainer(max_epochs=2, callbacks=[other]).fit(again, loader(), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    x, _ = images(12)
+    with torch.no_grad():
+        assert torch.equal(other.converted(x), callback.converted(x))

@@ -51,6 +51,12 @@ def test_schemes_that_cannot_be(arguments: dict[str, int], message: str) -> None
         Scheme("odd", "", **arguments)  # type: ignore[arg-type]
 
 
+def test_where_no_engine_has_kernels_none_are_asked_for() -> None:
+    assert get_scheme("int8").has_kernels
+    assert get_scheme("w4a8").has_kernels
+    assert not any(get_scheme(name).has_kernels for name in ("int8_dynamic", "int8_weights", "int16x8", "fp8"))
+
+
 def test_a_scheme_of_the_users_own() -> None:
     mine = Scheme("mine", "3 bits", weight_bits=3, symmetric=True)
     try:

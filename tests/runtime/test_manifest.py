@@ -31,7 +31,7 @@ CONTENT: dict[str, Any] = {
             "file": "program.pt2",
             "bytes": 4,
             "sha256": "0" * 64,
-            "census": {},
+            "census": {"int8_kernels": 4, "float_kernels": 0, "details": {"Conv": 4}, "conversions": None, "macs": 9},
             "agreement": {},
             "requires": {},
         }
@@ -40,15 +40,22 @@ CONTENT: dict[str, Any] = {
     "preprocessing": {"scale": 0.1, "mean": [0.0], "std": [1.0], "layout": "NCHW"},
     "scheme": "int8",
     "metrics": {"accuracy": 0.9},
-    "history": [],
+    "history": [{"kind": "prune", "data": {"slices": {}}}, {"kind": "quantize"}],
     "versions": {},
     "skipped": {},
     "max_batch": None,
+    "products": [{"name": "conv2d", "macs": 9, "quantized": True}],
+    "gates": {"max_relative_error": 0.1},
     "format_version": FORMAT_VERSION,
 }
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 3) | st.floats(allow_nan=False) | st.text(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 3)
+    | st.floats(allow_nan=False)
+    | st.text(max_size=3)
+    | st.sampled_from([10**400, "(1 2)f4,f4", "1e300"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
@@ -103,6 +110,21 @@ def test_a_range_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any
         ("preprocessing", {"scale": 1.0, "mean": [0.0], "std": [0.0]}),
         ("preprocessing", {"scale": 1.0, "mean": ["zero"], "std": [1.0]}),
         ("preprocessing", {"scale": 1.0, "mean": [[0.0]], "std": [1.0]}),
+        ("preprocessing", {"scale": 10**400, "mean": [0.0], "std": [1.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": [10**400], "std": [1.0]}),
+        ("preprocessing", {"scale": 1e300, "mean": [0.0], "std": [1.0]}),
+        ("preprocessing", {"scale": 1.0, "mean": [0.0], "std": [1e-300]}),
+        ("preprocessing", {"scale": 1.0, "mean": [0.0], "std": ["0"]}),
+        ("history", [3]),
+        ("history", [{"data": {}}]),
+        ("history", [{"kind": "quantize", "data": [1]}]),
+        ("products", None),
+        ("products", ["conv2d"]),
+        ("products", [{"name": "conv2d", "macs": 9}]),
+        ("products", [{"name": "conv2d", "macs": "many", "quantized": True}]),
+        ("products", [{"name": "conv2d", "macs": 9, "quantized": True, "more": 1}]),
+        ("gates", None),
+        ("gates", {"max_relative_error": "0.1"}),
     ],
 )
 def test_what_would_fail_later_is_refused(tmp_path: Path, key: str, value: Any) -> None:
@@ -126,6 +148,31 @@ def test_what_would_fail_later_is_refused(tmp_path: Path, key: str, value: Any) 
 def test_requirements_that_cannot_be_are_refused(tmp_path: Path, requires: dict[str, Any]) -> None:
     content = json.loads(json.dumps(CONTENT))
     content["targets"]["eager"]["requires"] = requires
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    "census",
+    [
+        {"int8_kernels": 4},
+        {"int8_kernels": 4, "float_kernels": None},
+        {"int8_kernels": 4, "float_kernels": 0, "details": 3},
+        {"int8_kernels": 4, "float_kernels": 0, "more": 1},
+    ],
+)
+def test_kernel_counts_that_cannot_be_are_refused(tmp_path: Path, census: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content["targets"]["eager"]["census"] = census
+    with pytest.raises(ArtifactError, match=r"manifest\.json: expected a manifest"):
+        read_manifest(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("dtype", ["(1 2)f4,f4", "f4,f4", "object", "float33", "", "(" * 5000])
+@pytest.mark.parametrize("key", ["inputs", "outputs"])
+def test_what_is_no_dtype_is_refused(tmp_path: Path, key: str, dtype: str) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content[key][0]["dtype"] = dtype
     with pytest.raises(ArtifactError, match="expected a manifest"):
         read_manifest(write(tmp_path, content))
 
@@ -174,6 +221,16 @@ def test_a_later_format_is_refused_by_its_number(tmp_path: Path) -> None:
 
 def test_no_artefact_is_said(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"expected an artefact with a manifest\.json, got none"):
+        read_manifest(tmp_path)
+
+
+def test_a_manifest_that_may_not_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError("permission denied")
+
+    write(tmp_path, CONTENT)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(ArtifactError, match=r"manifest\.json: expected to read it, got permission denied"):
         read_manifest(tmp_path)
 
 

@@ -276,6 +276,31 @@ def test_without_labels_predict_gives_numbers() -> None:
     assert doubling().predict(np.array([[0, 9, 1]], np.float32))[0] == [1]
 
 
+@pytest.mark.parametrize(
+    ("shape", "task", "message"),
+    [
+        (
+            (None,),
+            "",
+            r"doubling: expected an output of shape \(N, classes\) to predict a label of each sample, got \(N\) ",
+        ),
+        ((None, 1), "", r"got \(N, 1\)"),
+        ((None, None), "", r"got \(N, any\)"),
+        ((None, 7, 3), "", r"got \(N, 7, 3\)"),
+        ((None, 3), "regression", r"got \(N, 3\) for the task 'regression'\. Call the model itself"),
+        ((None, 3), "multilabel", r"for the task 'multilabel'"),
+    ],
+)
+def test_without_classes_predict_says_so_before_anything_runs(
+    shape: tuple[int | None, ...], task: str, message: str
+) -> None:
+    model = doubling()
+    model.manifest = replace(model.manifest, outputs=(TensorSpec("output", "float32", shape),), task=task)
+    with pytest.raises(ArtifactError, match=message):
+        model.predict(np.ones((2, 3), np.float32))
+    assert model._runs["onnxruntime"].sizes == []  # type: ignore[attr-defined]
+
+
 def test_benchmark_has_a_row_for_each_engine_and_batch() -> None:
     model = load(artifact(), engine="eager")
     rows = model.benchmark((1, 3), seconds=0.01)

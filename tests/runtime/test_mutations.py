@@ -8,6 +8,7 @@ import random
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 
 from compress.errors import ArtifactError
 from compress.runtime import load
+from compress.runtime.manifest import parse_manifest
 from compress.runtime.trust import SIGNATURE
 from tests.export.programs import HERE, artifact, quantized
 
 _VALUES: list[Any] = [None, "", "x", -1, 0, 1, 10**30, 1.5, float("nan"), [], {}, [None], True, "../../etc/passwd"]
-_VALUES += ["a\0b", "a" * 5000, "\ud800", {"": "1"}]
+_VALUES += ["a\0b", "a" * 5000, "\ud800", {"": "1"}, 10**400, [10**400], "(1 2)f4,f4"]
 
 
 def flip(folder: Path, draw: random.Random) -> None:
@@ -97,6 +99,19 @@ def _places(content: Any) -> Any:
     for key, value in items:
         yield content, key
         yield from _places(value)
+
+
+def test_each_value_in_each_place_of_the_manifest_is_refused_or_read() -> None:
+    content = json.loads((artifact() / "manifest.json").read_text())
+    read = 0
+    for holder, key in list(_places(content)):
+        before = holder[key]
+        for value in _VALUES:
+            holder[key] = value
+            with suppress(ArtifactError):
+                read += bool(parse_manifest(json.dumps(content).encode(), artifact()))
+        holder[key] = before
+    assert read
 
 
 def test_a_thousand_mutations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from compress.errors import ArtifactError
-from compress.runtime import load
+from compress.runtime import load, trust
 from compress.runtime.engines import runs_code
 from compress.runtime.loading import load_and_call
 from compress.runtime.trust import SIGNATURE, is_ours, sign
-from tests.export.programs import HERE, artifact, quantized
+from tests.export.programs import HERE, artifact, edit, quantized
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +48,24 @@ def test_from_elsewhere_only_files_without_code_serve(
             load_and_call(str(copy), engine)
     assert load(copy, engine="eager", trust=True).engine == "eager"
     assert load(copy, trust=True).engines == tuple(HERE)
+
+
+def test_a_manifest_that_is_replaced_while_it_is_read_is_read_again(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = trust.manifest_bytes
+    replaced: list[Path] = []
+
+    def meanwhile(path: Path) -> bytes:
+        content = read(path)
+        if not replaced:
+            replaced.append(path)
+            edit(path, lambda manifest: manifest.update(name="another"))
+        return content
+
+    monkeypatch.setattr(trust, "manifest_bytes", meanwhile)
+    signed = trust.read_signed(copy)
+    assert (signed.manifest.name, signed.ours) == ("another", True)
 
 
 def test_a_key_is_made_once_for_its_owner_alone(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,12 +94,24 @@ class EarlierSelf(OwnTeacher):
 
     Until that edit there is no teacher and labels alone count: the unpruned, unquantised self then guides the recovery
     (as in Zhang et al. 2019, arXiv:1905.08094, of depth; here of width and precision).
+
+    Args:
+        before: The kind of edit that counts, ``prune`` or ``quantize``: with the second, what was pruned, and is still
+            in floats, teaches itself in integers. The first of any by default.
+
+    Raises:
+        RecipeError: when there is no such kind.
     """
+
+    def __init__(self, before: str | None = None) -> None:
+        if before not in (None, "prune", "quantize"):
+            raise RecipeError(f"teacher.before: expected prune or quantize, got {before!r}. Leave it out for either.")
+        self.before = before
 
     def begin(self, student: nn.Module) -> None:
         """Wait for an edit."""
 
     def edit(self, student: nn.Module, edit: Edit, apply: Apply) -> None:
-        """Keep the student as it is before its first edit."""
-        if self.network is None:
+        """Keep the student as it is before its first edit, of the kind that counts."""
+        if self.network is None and self.before in (None, edit.kind):
             self.network = freeze(copy.deepcopy(student))

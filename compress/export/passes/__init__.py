@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from compress.export.graph import loosen_views
+from compress.export.graph import largest_batch, loosen_views
 from compress.export.passes.activations import fuse_activations
 from compress.export.passes.constants import fold_constants
 from compress.export.passes.duplicates import merge_duplicates
@@ -23,7 +23,7 @@ from compress.export.passes.norms import fold_norms
 from compress.export.passes.unused import drop_unused
 from compress.measure import macs
 from compress.surgery.capture import Captured, export_program
-from compress.surgery.lengths import lengths_of
+from compress.surgery.lengths import LARGEST_BATCH, lengths_of
 from compress.surgery.recurrent import kept_whole
 
 __all__ = [
@@ -108,7 +108,8 @@ def clean_up(program: ExportedProgram) -> tuple[ExportedProgram, Cleanup]:
     graph_module.graph.lint()
     graph_module.recompile()
     args, _ = program.example_inputs
-    cleaned = export_program(graph_module, args, lengths=lengths_of(program))
+    most = largest_batch(program) or LARGEST_BATCH
+    cleaned = export_program(graph_module, args, lengths=lengths_of(program), largest_batch=most)
     return cleaned, Cleanup(before, graph_size(cleaned), changes)
 
 

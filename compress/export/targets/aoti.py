@@ -47,6 +47,7 @@ _FLOAT = re.compile(
     r"\w*(?=\()|\bcall_triton_tem_\w*(?=\()|^void cpp_(?!\w*int8)\w*gemm\w*(?=\()",
     re.MULTILINE,
 )
+_QUANTIZE = re.compile(r"^\s+cpp_\w*(?<!de)quantize_per_\w+(?=\()", re.MULTILINE)
 
 
 def build(program: ExportedProgram, path: Path, *, max_autotune: bool = False) -> Census:
@@ -97,7 +98,7 @@ def compile_package(program: ExportedProgram, path: Path, settings: Mapping[str,
 
 
 def count_kernels(sources: Iterable[str]) -> Census:
-    """Count the matrix kernels that generated C++ code calls.
+    """Count the matrix kernels that generated C++ code calls, and those that turn floats into integers.
 
     Args:
         sources: The files' text.
@@ -107,11 +108,12 @@ def count_kernels(sources: Iterable[str]) -> Census:
         >>> found.int8_kernels, found.float_kernels
         (1, 1)
     """
-    int8, floats = Counter[str](), Counter[str]()
+    int8, floats, conversions = Counter[str](), Counter[str](), 0
     for code in sources:
+        conversions += len(_QUANTIZE.findall(code))
         int8.update(_INT8.findall(code))
         floats.update(_FLOAT.findall(code))
-    return Census(int8.total(), floats.total(), {**int8, **floats})
+    return Census(int8.total(), floats.total(), {**int8, **floats}, conversions)
 
 
 def requires() -> dict[str, Any]:

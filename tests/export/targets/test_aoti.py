@@ -27,16 +27,20 @@ def test_kernels_are_told_apart() -> None:
         aoti_torch_cpu__qlinear_pointwise_tensor(c); aoti_torch_cpu_mkldnn__convolution_pointwise(d);
         aoti_torch_cpu__linear_pointwise(e); aoti_torch_cpu_addmm_out(f); aoti_torch_cpu_bmm_out(g);
         aoti_torch_empty_strided(h); aoti_torch_cpu_copy_(i);
+        cpp_fused_quantize_per_tensor_0(j);
+        cpp_fused_dequantize_per_tensor_relu_1(k);
     """
     assert aoti.count_kernels([code]).int8_kernels == 3
     assert aoti.count_kernels([code]).float_kernels == 4
-    assert aoti.count_kernels(["int main() {}"]) == Census(0, 0)
+    assert aoti.count_kernels([code]).conversions == 1
+    assert aoti.count_kernels(["int main() {}"]) == Census(0, 0, conversions=0)
 
 
 @EXACT
 def test_every_layer_became_an_integer_kernel() -> None:
     census = read_manifest(artifact()).targets["aoti"].census
     assert (census["int8_kernels"], census["float_kernels"]) == (7, 0)
+    assert census["conversions"] >= 1  # that of the input
 
 
 def test_the_census_sees_the_silent_fallback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

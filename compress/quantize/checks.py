@@ -1,0 +1,124 @@
+"""Which settings of quantization-aware training contradict each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from compress.errors import RecipeError
+from compress.quantize.layers import Assignment
+from compress.quantize.parametrize import check_schemes
+from compress.quantize.progressive import Stages
+from compress.quantize.ranges import RANGES
+from compress.quantize.schemes import Scheme
+
+__all__ = ["check_progress", "check_settings", "check_stages"]
+
+
+def check_progress(start: float, observe: float, freeze: float) -> None:
+    """Make sure that fake quantization begins, rounds and stands still in this order.
+
+    Args:
+        start: Progress from which on the network is prepared.
+        observe: For how much of the progress ranges alone are learned.
+        freeze: Progress from which on ranges stand still.
+
+    Raises:
+        RecipeError: when it does not.
+    """
+    if not 0 <= start <= 1:
+        raise RecipeError(
+            f"quantize.start: expected a value in [0, 1], got {start}. Use 0.7 for the last 30 %, or 1 to quantise "
+            "after training."
+        )
+    if start < 1 and not start <= freeze <= 1:
+        raise RecipeError(
+            f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze}. "
+            "Freeze after quantization has started."
+        )
+    most = freeze - start if start < 1 else 0.0
+    if not 0 <= observe <= most:
+        raise RecipeError(
+            f"quantize.observe: expected a value in [0, {most:g}], from start to freeze_batchnorm, got {observe}. "
+            "Use 0.05, say, or leave it out."
+        )
+
+
+def check_settings(
+    assignment: Assignment,
+    *,
+    start: float,
+    observes: bool,
+    ranges: str,
+    num_batches: int,
+    learn_steps: bool,
+    improve: Sequence[str],
+    fallback: str | None,
+) -> None:
+    """Make sure that settings exist and go together.
+
+    Args:
+        assignment: Schemes of the layers.
+        start: Progress from which on the network is prepared; 1 for none in integers.
+        observes: Whether it begins with ranges alone.
+        ranges: How a range follows from calibration data.
+        num_batches: Batches to calibrate with.
+        learn_steps: Whether steps are parameters.
+        improve: What makes post-training quantization better.
+        fallback: What to do with a network that has no graph.
+
+    Raises:
+        RecipeError: when they do not.
+    """
+    if ranges not in RANGES:
+        raise RecipeError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {ranges!r}. Choose one.")
+    if num_batches < 1:
+        raise RecipeError(f"quantize.num_batches: expected at least 1, got {num_batches}. Use 32, say.")
+    if improve and start < 1:
+        raise RecipeError(
+            f"quantize.improve: expected quantize.start 1, got {start}. Training would undo what is improved "
+            "without it: set start: 1, or leave improve out."
+        )
+    if learn_steps and start == 1:
+        raise RecipeError(
+            "quantize.learn_steps: expected training in integers, got start 1. Set start below 1, or leave it out."
+        )
+    if learn_steps and (others := [scheme.name for scheme in assignment.schemes if not scheme.fixed_steps]):
+        raise RecipeError(
+            "quantize.learn_steps: expected schemes of integers with a step for a channel or a tensor, got "
+            f"{', '.join(others)}. Leave it out, or choose another quantize.scheme."
+        )
+    if learn_steps and observes:
+        raise RecipeError(
+            "quantize.observe: expected none beside learn_steps, whose steps start at the first batch. Leave one out."
+        )
+    if fallback is not None:
+        _check_fallback(fallback, assignment, learn_steps=learn_steps, improve=bool(improve))
+
+
+def check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -> None:
+    """Make sure that bits fall while ranges are learned, to those of the scheme.
+
+    Raises:
+        RecipeError: when they do not.
+    """
+    if stages.bits[-1] != scheme.weight_bits:
+        raise RecipeError(
+            f"quantize.progressive: expected {scheme.weight_bits} bits in the end, those of scheme {scheme.name!r}, "
+            f"got {stages.bits[-1]}. Change one of the two."
+        )
+    if not start <= stages.at[0] <= stages.at[-1] <= freeze:
+        raise RecipeError(
+            f"quantize.progressive.at: expected values in [{start}, {freeze}], from start to freeze_batchnorm, got "
+            f"{list(stages.at)}. Ranges stand still on the last bits only."
+        )
+
+
+def _check_fallback(fallback: str, assignment: Assignment, **others: bool) -> None:
+    if fallback != "parametrize":
+        raise RecipeError(f"quantize.fallback: expected parametrize or null, got {fallback!r}. Choose one.")
+    check_schemes(assignment)
+    if given := [f"quantize.{key}" for key, value in others.items() if value]:
+        raise RecipeError(
+            f"quantize.fallback: expected none of what needs a graph beside it, got {', '.join(given)}. "
+            "Leave one of the two out."
+        )
