@@ -18,7 +18,12 @@ from compress.cli.steps import step
 from compress.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy as np
+
+    from compress.runtime import CompactModel
+    from compress.runtime.engines import Engine
 
 __all__ = ["bench", "convert", "predict"]
 
@@ -26,7 +31,7 @@ _OF_ARTIFACTS = ("batch_sizes", "threads", "seconds", "json", "plot", "trust")
 
 
 def bench(options: argparse.Namespace, rest: list[str], console: Console) -> None:
-    """Measure a run's stages, or an artefact's engines beside its program in floats."""
+    """Measure a run's stages, or an artefact's engines beside the network in floats."""
     if not (Path(options.path) / "manifest.json").exists():
         given = [f"--{name}" for name in _OF_ARTIFACTS if getattr(options, name) not in (None, False)]
         if given:
@@ -56,6 +61,7 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
         threads=options.threads or sorted({1, int(machine["cores"])}),
         seconds=1.0 if options.seconds is None else options.seconds,
         progress=True,
+        beside=_in_floats(Path(options.path), model),
     )
     about = {
         "artifact": options.path,
@@ -71,6 +77,16 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
     if options.json:
         write_text(options.json, json.dumps({**about, "rows": rows}, indent=1))
     console.print(f"plot: {save_engines(rows, about, plot)}", markup=False, soft_wrap=True)
+
+
+def _in_floats(path: Path, model: CompactModel) -> dict[str, Callable[[], Engine]]:
+    """Return what makes the network in float32, where the artefact is in integers and its program may be loaded."""
+    if model.manifest.scheme is None or "eager" not in model.engines:
+        return {}
+    from compress.export.unrounded import UnroundedEngine
+    from compress.measure.engines import FLOATS
+
+    return {FLOATS: lambda: UnroundedEngine(path / model.manifest.targets["eager"].file)}
 
 
 def convert(options: argparse.Namespace, rest: list[str], console: Console) -> None:

@@ -19,10 +19,13 @@ from compress.errors import RunError
 from compress.measure.drawing import LIGHT, NUM_SERIES, new_figure, style
 from compress.measure.units import as_count, as_ms
 
-__all__ = ["BASELINE", "check_picture", "engines_note", "engines_table", "save_engines"]
+__all__ = ["BASELINE", "FLOATS", "check_picture", "engines_note", "engines_table", "save_engines"]
 
 BASELINE = "eager"
-"""The engine that others are compared with: the artefact's program in float32, operator by operator."""
+"""The engine that others are compared with: the artefact's program, operator by operator."""
+
+FLOATS = "float32"
+"""What they are compared with where the program rounds: the same without that."""
 
 _KINDS = (".png", ".svg", ".pdf")
 _ENDS = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -39,7 +42,7 @@ def engines_table(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -
     for name in ("batch", "threads"):
         table.add_column(name, justify="right")
     table.add_column("engine")
-    for name in ("p50 ms", "p95 ms", "samples/s", f"\N{MULTIPLICATION SIGN} {BASELINE}"):
+    for name in ("p50 ms", "p95 ms", "samples/s", f"\N{MULTIPLICATION SIGN} {_baseline(rows)}"):
         table.add_column(name, justify="right", no_wrap=True)
     for batch, threads in _sections(rows):
         chosen = _chosen(rows, batch, threads)
@@ -63,7 +66,8 @@ def engines_note(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) ->
     if not any(row["engine"] == BASELINE for row in rows):
         return f"{text}; no {BASELINE} to compare with"
     more = ", its integers computed in floats" if about["scheme"] else ""
-    return f"{text}; {BASELINE}: the artefact's program in fp32, operator by operator{more}"
+    text = f"{text}; {BASELINE}: the artefact's program in fp32, operator by operator{more}"
+    return f"{text}; {FLOATS}: the same without rounding" if _baseline(rows) == FLOATS else text
 
 
 def check_picture(file: str) -> None:
@@ -166,7 +170,12 @@ def _chosen(rows: Sequence[Mapping[str, Any]], batch: int, threads: int) -> list
 
 def _against_baseline(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
     """Return how many times faster a row is than the baseline among others, ``None`` where that is absent."""
-    return next((float(other["p50_ms"] / row["p50_ms"]) for other in rows if other["engine"] == BASELINE), None)
+    name = _baseline(rows)
+    return next((float(other["p50_ms"] / row["p50_ms"]) for other in rows if other["engine"] == name), None)
+
+
+def _baseline(rows: Sequence[Mapping[str, Any]]) -> str:
+    return FLOATS if any(row["engine"] == FLOATS for row in rows) else BASELINE
 
 
 def _fastest(rows: Sequence[Mapping[str, Any]], engine: str) -> float:

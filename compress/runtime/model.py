@@ -126,6 +126,7 @@ class CompactModel:
         threads: Sequence[int] | None = None,
         seconds: float = 1.0,
         progress: bool = False,
+        beside: Mapping[str, Callable[[], Engine]] | None = None,
     ) -> list[dict[str, Any]]:
         """Measure all engines that can run here, interleaved.
 
@@ -135,6 +136,7 @@ class CompactModel:
                 each engine has. Some libraries have one number for the whole process: nothing else should run.
             seconds: Time for each engine at each batch size and number of threads.
             progress: Whether to show a progress bar.
+            beside: What makes further ones, by name, that the artefact does not have: something to compare with.
 
         Returns:
             Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``; the last is by the median.
@@ -146,8 +148,10 @@ class CompactModel:
 
         def engines(num: int | None) -> dict[str, Engine]:
             if num is None:
-                return {name: self._runs.get(name) or self._make(name) for name in self.engines}
-            return {name: self._make(name, num) for name in self.engines}
+                found = {name: self._runs.get(name) or self._make(name) for name in self.engines}
+            else:
+                found = {name: self._make(name, num) for name in self.engines}
+            return {**found, **{name: make() for name, make in (beside or {}).items()}}
 
         with torch_threads_kept() if threads else nullcontext():
             rows = measure_engines(

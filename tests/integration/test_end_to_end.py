@@ -138,6 +138,7 @@ def test_predict_and_bench_on_the_command_line(run: Path, tmp_path: Path, capsys
     assert compress.cli.main([*words, "--plot", str(tmp_path / "bench.png")]) == 0
     out = capsys.readouterr().out
     assert all(engine in out for engine in ENGINES)
+    assert "\N{MULTIPLICATION SIGN} float32" in out  # not the program of integers, which is slower in floats
 
 
 def test_the_table_went_to_tensorboard(run: Path) -> None:

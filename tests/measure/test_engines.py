@@ -47,6 +47,14 @@ def test_the_fastest_comes_first_and_all_are_compared_with_eager() -> None:
     assert ["1", "1", "fast", "0.500", "1.00", "2.00", "k", "–"] in alone
 
 
+def test_where_the_program_rounds_all_are_compared_with_what_does_not() -> None:
+    rows = [*ROWS[:3], row(1, "float32", 1, 2.0)]
+    lines = printed(rows)
+    assert ["1", "1", "fast", "0.500", "1.00", "2.00", "k", "4.00"] in lines
+    assert ["eager", "4.00", "8.00", "250", "0.500"] in lines
+    assert "float32: the same without rounding" in engines_note(rows, ABOUT)
+
+
 def test_the_note_says_what_serves_and_what_eager_is() -> None:
     note = engines_note(ROWS, ABOUT)
     assert "fast (batches near 1, 4), wide (batches near 16)" in note
