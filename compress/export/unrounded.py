@@ -39,7 +39,7 @@ def drop_rounding(graph_module: GraphModule) -> int:
     operators = torch.ops.quantized_decomposed
     dropped = 0
     for node in graph_module.graph.nodes:
-        quantized = node.args[0] if node.target is operators.dequantize_per_tensor.default else None
+        quantized: Any = node.args[0] if node.target is operators.dequantize_per_tensor.default else None
         if _is(quantized, operators.quantize_per_tensor.default):
             node.replace_all_uses_with(quantized.args[0])
             dropped += 1
