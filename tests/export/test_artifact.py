@@ -25,7 +25,7 @@ def export(directory: Path, *, targets: tuple[str, ...] = ("eager",), **changes:
         "reference": trained.reference,
         "held_out": [trained.inputs],
         "scheme": "int8",
-        "gates": Gates(min_top1_agreement=0.95),
+        "gates": Gates(min_top1_agreement=0.95, min_int8_fraction=0),
         "targets": targets,
         **changes,
     }

@@ -92,7 +92,7 @@ def test_recurrent_layers_are_skipped_with_a_reason_and_the_others_built(tmp_pat
             reference=made.prepared,
             held_out=[made.inputs],
             scheme="int8_portable",
-            gates=Gates(min_top1_agreement=0.9),
+            gates=Gates(min_top1_agreement=0.9, min_int8_fraction=0),
         )
     assert list(manifest.targets) == ["eager"]
     assert "Leave the target out" in manifest.skipped["executorch"]
