@@ -138,6 +138,14 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
         (["--distill.losses.init_args.weight", "2"], r"distill\.losses: expected weights .* at most 1, got 2"),
         (["--distill.losses.init_args.weight", "-1"], r"distill\.losses\.weight: expected 0 or more, got -1"),
         (["--distill.task_weight", "-1"], r"distill\.task_weight: expected 0 or more, got -1"),
+        (
+            ["--export.targets", "[eager]"],
+            r"export\.targets: expected one that computes in integers \(aoti, .*\), got eager\. Add",
+        ),
+        (
+            ["--teacher", "self", "--prune", "null", "--quantize.start", "1"],
+            r"teacher: expected an edit during the fit \(prune or quantize\), .*, got no such section",
+        ),
         (["--teacher.max_epochs", "-1"], r"teacher\.max_epochs: expected 0 or more, got -1"),
         (["--teacher.precision", "int8"], r"teacher\.precision: expected bf16 or fp32, got 'int8'"),
         (["--teacher.cache_views", "0"], r"teacher\.cache_views: expected at least 1, got 0"),

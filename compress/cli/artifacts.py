@@ -86,7 +86,8 @@ def _in_floats(path: Path, model: CompactModel) -> dict[str, Callable[[], Engine
     from compress.export.unrounded import UnroundedEngine
     from compress.measure.engines import FLOATS
 
-    return {FLOATS: lambda: UnroundedEngine(path / model.manifest.targets["eager"].file)}
+    engine = UnroundedEngine(path / model.manifest.targets["eager"].file)
+    return {FLOATS: lambda: engine} if engine.is_float else {}
 
 
 def convert(options: argparse.Namespace, rest: list[str], console: Console) -> None:

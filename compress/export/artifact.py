@@ -24,7 +24,7 @@ from compress.export.options import Options, option_mistakes
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
-from compress.export.targets import TARGETS, Census, ExportSkippedError
+from compress.export.targets import IN_INTEGERS, TARGETS, Census, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.manifest import (
     Manifest,
@@ -165,8 +165,8 @@ def _build_all(
             built[engine], reasons[engine] = build_target(engine, job, folder)
         except (ExportSkippedError, MissingPackageError) as error:
             skipped[engine] = str(error)
-    if job.quantized and job.gates.min_int8_fraction > 0:
-        floats, reason = _in_floats(built, job)
+    if job.gates.min_int8_fraction > 0 and any(product.quantized for product in job.work):
+        floats, reason = _in_floats(built, skipped, job)
         if reason:
             reasons["export"] = [reason]
         for engine, text in floats.items():
@@ -185,19 +185,20 @@ def _build_all(
     return built, skipped
 
 
-def _in_floats(built: Mapping[str, Target], job: Job) -> tuple[dict[str, str], str | None]:
+def _in_floats(built: Mapping[str, Target], skipped: Mapping[str, str], job: Job) -> tuple[dict[str, str], str | None]:
     """Return what targets lack in int8 that others have, and what is wrong where none has."""
     counted = {engine: Census(**target.census) for engine, target in built.items() if target.census}
     found = {engine: few_integers(engine, job.gates, census) for engine, census in counted.items()}
     few = {engine: text for engine, text in found.items() if text}
     if len(few) < len(found):
         return few, None
-    if found or not built:
-        return {}, None  # all of them fail
+    if found or not built or not IN_INTEGERS.isdisjoint(built):
+        return {}, None  # all of them fail, or nobody has counted
+    others = " ".join(["", *skipped.values()])
     return {}, (
         f"export.min_int8_fraction: expected at least {job.gates.min_int8_fraction:g} of the multiply-accumulates in "
-        f"int8, got targets that compute in floats: {', '.join(built)}. Add onnxruntime to export.targets, say, or set "
-        "export.min_int8_fraction: 0."
+        f"int8, got targets that compute in floats: {', '.join(built)}. Add another to export.targets, as onnxruntime, "
+        f"or set export.min_int8_fraction: 0.{others}"
     )
 
 

@@ -15,7 +15,7 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import CaptureError, CompressError, ExportSkippedError, first_line
+from compress.errors import CaptureError, CompressError, ExportSkippedError, MissingPackageError, first_line
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.options import Options
@@ -102,7 +102,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         with _or_skipped(f"{engine}: expected a file that {served_by} loads"):
             judge = make_engine(served_by, path)
         parity = check_parity(judge, job.wanted, job.inputs, job.others)
-    except ExportSkippedError:
+    except (ExportSkippedError, MissingPackageError):
         for file in (path, *parts):
             file.unlink(missing_ok=True)
         raise

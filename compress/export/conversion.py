@@ -31,7 +31,7 @@ from compress.runtime.engines import make_engine, missing_package
 from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, check_files, read_manifest
 from compress.runtime.trust import SIGNATURE, Signed, read_signed, signature_of
 from compress.surgery.capture import export_program
-from compress.surgery.lengths import lengths_of
+from compress.surgery.lengths import LARGEST_BATCH, lengths_of
 
 __all__ = ["convert"]
 
@@ -177,7 +177,9 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
     others = other_sizes(lambda *batch: engine(batch)[0], inputs, lengths)
     if manifest.scheme is not None:
         recognise(module)
-    program, _ = clean_up(export_program(module, [tensor[:2] for tensor in inputs], lengths=lengths))
+    most = manifest.max_batch or LARGEST_BATCH
+    examples = [tensor[:2] for tensor in inputs]
+    program, _ = clean_up(export_program(module, examples, lengths=lengths, largest_batch=most))
     _check_program(manifest, program, source)
     work = [Product(**product) for product in manifest.products] or products(program)
     limits = gates or Gates(**{key: value for key, value in manifest.gates.items() if key in _GATES})

@@ -19,11 +19,16 @@ class UnroundedEngine(EagerEngine):
 
     Args:
         path: A ``.pt2`` file of the target ``eager``. Loading unpickles: only from a trusted source.
+
+    Attributes:
+        is_float: Whether something was rounded, and nothing is any more; steps found at run time stay.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        drop_rounding(self._program)
+        dropped = drop_rounding(self._program)
+        left = any(node.target is torch.ops.aten.round.default for node in self._program.graph.nodes)
+        self.is_float = dropped > 0 and not left
 
 
 def drop_rounding(graph_module: GraphModule) -> int:

@@ -35,7 +35,7 @@ def check_progress(start: float, observe: float, freeze: float) -> None:
             f"quantize.freeze_batchnorm: expected a value in [{start}, 1], got {freeze}. "
             "Freeze after quantization has started."
         )
-    most = freeze - start if start < 1 else 0.0
+    most = round(freeze - start, 9) if start < 1 else 0.0
     if not 0 <= observe <= most:
         raise RecipeError(
             f"quantize.observe: expected a value in [0, {most:g}], from start to freeze_batchnorm, got {observe}. "

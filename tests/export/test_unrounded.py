@@ -18,6 +18,7 @@ def test_the_program_of_integers_becomes_the_network_in_floats() -> None:
     found, rounded = engine([trained.inputs])[0], load(artifact(), engine="eager")(trained.inputs)
     assert (found - wanted).norm() < 0.02 * wanted.norm()  # its weights are rounded
     assert not torch.equal(found, rounded)
+    assert engine.is_float
 
 
 def test_a_program_of_floats_has_nothing_to_drop() -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from compress.errors import ExportSkippedError
 
-__all__ = ["TARGETS", "WITH_LENGTHS", "Census", "ExportSkippedError"]
+__all__ = ["IN_INTEGERS", "TARGETS", "WITH_LENGTHS", "Census", "ExportSkippedError"]
 
 TARGETS = {
     "eager": "compress.export.targets.eager",
@@ -37,6 +37,9 @@ TARGETS = {
 
 WITH_LENGTHS = frozenset({"eager", "aoti", "onnxruntime", "openvino"})
 """Targets that take sizes beyond the batch that vary."""
+
+IN_INTEGERS = frozenset({"aoti", "onnxruntime", "openvino", "executorch", "litert", "tensorrt"})
+"""Targets that may compute products in integers."""
 
 INTEGER_ATTENTION = frozenset({"onnxruntime", "tensorrt"})
 """Targets that are certain to multiply activations by activations in integers. OpenVINO does not say what it does."""

@@ -27,14 +27,11 @@ from compress.distill import (
     OwnTeacher,
     SoftTarget,
     Task,
-    check_weights,
 )
 from compress.errors import CompressError, RecipeError
-from compress.export import TARGETS
-from compress.export.options import option_mistakes
 from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
-from compress.quantize.layers import engine_mistakes
+from compress.recipe.mistakes import mistakes
 from compress.surgery.lengths import Length
 
 __all__ = [
@@ -165,70 +162,8 @@ class Recipe:
     config: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        mistakes = list(_mistakes(self))
-        if mistakes:
-            raise RecipeError("\n".join(mistakes))
-
-
-def _mistakes(recipe: Recipe) -> Iterable[str]:
-    """Yield everything that is wrong between the keys, so that the user mends it in one go."""
-    if recipe.prune is not None and recipe.quantize is not None and recipe.quantize.start <= recipe.prune.last_edit:
-        yield (
-            f"quantize.start: expected a value after prune.end ({recipe.prune.last_edit}), got "
-            f"{recipe.quantize.start}. Quantised networks are not pruned: prune first, recover, then quantise."
-        )
-    if (
-        recipe.sparsify is not None
-        and recipe.quantize is not None
-        and recipe.quantize.start <= recipe.sparsify.last_edit
-    ):
-        yield (
-            f"quantize.start: expected a value after sparsify.end ({recipe.sparsify.last_edit}), "
-            f"got {recipe.quantize.start}. Ranges are learned on the weights that stay: sparsify first."
-        )
-    if recipe.trainer.get("max_epochs") is None and recipe.trainer.get("max_steps", -1) in (-1, None):
-        yield "trainer.max_epochs: expected a number of epochs, got none. Schedules need to know where training ends."
-    if recipe.teacher is not None:
-        yield from _teacher_mistakes(recipe.teacher)
-    try:
-        check_weights(recipe.distill.losses, recipe.distill.task_weight)
-    except RecipeError as error:
-        yield str(error)
-    unknown = sorted(set(recipe.export.targets) - set(TARGETS))
-    if unknown or not recipe.export.targets:
-        yield (
-            f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown) or 'none'}. "
-            "Name at least one target."
-        )
-    else:
-        yield from (f"export.{text}" for text in option_mistakes(recipe.export.options, recipe.export.targets))
-    if recipe.quantize is not None:
-        yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
-        if recipe.export.lengths:
-            yield (
-                f"export.lengths: expected none beside quantize, got {', '.join(map(str, recipe.export.lengths))}. The "
-                "graph has the length of the first batch: use compress.quantize.prepare(..., lengths=...) in Python."
-            )
-    for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
-        value = getattr(recipe.export, key)
-        if not 0 <= value <= 1:
-            yield f"export.{key}: expected a value in [0, 1], got {value}. It is a fraction."
-    for editor in (recipe.prune, recipe.sparsify, recipe.quantize):
-        if editor is not None and editor.attribute != "student":
-            yield f"{editor.kind}.attribute: expected 'student', got {editor.attribute!r}. Leave it out of a recipe."
-
-
-def _teacher_mistakes(teacher: Teacher) -> Iterable[str]:
-    if teacher.max_epochs < 0:
-        yield f"teacher.max_epochs: expected 0 or more, got {teacher.max_epochs}. Use 10, say."
-    if teacher.precision not in (None, "bf16", "fp32"):
-        yield f"teacher.precision: expected bf16 or fp32, got {teacher.precision!r}. Leave it out for the Trainer's."
-    if teacher.cache_dtype not in ("float16", "float32"):
-        yield f"teacher.cache_dtype: expected float16 or float32, got {teacher.cache_dtype!r}. Choose one."
-    if teacher.cache_views < 1:
-        yield f"teacher.cache_views: expected at least 1, got {teacher.cache_views}. Use 1 without augmentation."
-    if teacher.cache and isinstance(teacher.model, OwnTeacher):
-        yield "teacher.cache: expected a network with fixed weights, got one that is made in the fit. Leave it out."
+        if found := list(mistakes(self)):
+            raise RecipeError("\n".join(found))
 
 
 def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
@@ -312,13 +247,14 @@ def build_recipe(config: Namespace, parser: ArgumentParser, *, name: str) -> Rec
     values = {key: value for key, value in vars(built).items() if key in names}
     values["trainer"] = vars(built.trainer)
     if built.teacher == "self":
-        values["teacher"] = Teacher(EarlierSelf("quantize" if built.quantize else None))
+        late = built.quantize is not None and built.quantize.start < 1
+        values["teacher"] = Teacher(EarlierSelf("quantize" if late else None))
     return Recipe(**values, name=name, config=plain.as_dict())
 
 
 def shipped_recipes() -> dict[str, Path]:
     """Return the recipes that come with the package, by name."""
-    folders = [Path(sys.prefix) / "share" / "compress" / "recipes", Path(__file__).parent.parent / "recipes"]
+    folders = [Path(sys.prefix) / "share" / "compress" / "recipes", Path(__file__).parents[2] / "recipes"]
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
