@@ -1,4 +1,4 @@
-"""What a recipe is, how one is read from YAML and the command line, and what makes one invalid.
+"""What a recipe is, and how one is read from YAML and the command line; ``mistakes`` has what makes one invalid.
 
 A recipe is a plain dataclass, so Python users build one from objects; a YAML file names the same objects by
 ``class_path`` and ``init_args``. Reading is jsonargparse's, as in LightningCLI.
@@ -185,7 +185,7 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
         "--teacher",
         type=Teacher | Literal["self"] | None,
         default=None,
-        help="the network to learn from; self: the student as it was before it was quantised, or else pruned",
+        help="the network to learn from; self: the student before it is quantised in the fit, or else pruned",
     )
     parser.add_argument("--data", type=LightningDataModule, required=True, help="the data module")
     parser.add_argument("--task", type=Task, required=True, help="loss against labels, and metrics")
