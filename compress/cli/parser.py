@@ -89,8 +89,9 @@ def make_parser() -> argparse.ArgumentParser:
         "measure what each layer's least important units are worth, before pruning any",
         epilog="The student is trained alone first, where the run does not have it; then each layer in turn has part "
         "of its units silenced, or its weights at few bits where the recipe quantises, and the network is judged on "
-        "the validation split. What is measured is kept after every point: the same command goes on. Keys of the "
-        "recipe can follow by their dotted names; --trainer.limit_val_batches 10 judges on fewer batches.",
+        "the validation split; with a latency, each layer in turn stays in floats and the others are integers. What is "
+        "measured is kept after every point: the same command goes on. Keys of the recipe can follow by their dotted "
+        "names; --trainer.limit_val_batches 10 judges on fewer batches.",
     )
     entry.add_argument(
         "recipe", metavar="RECIPE|RUN_DIR", help="YAML file, name of a shipped recipe, or a run's directory"
@@ -103,6 +104,17 @@ def make_parser() -> argparse.ArgumentParser:
     entry.add_argument(
         "--average_bits", type=float, metavar="B", help="share bits out: so many for each weight on average, at most"
     )
+    entry.add_argument(
+        "--latency_ms",
+        type=float,
+        metavar="MS",
+        help="measure each layer in integers and in floats, and leave in "
+        "floats what a call of so many milliseconds has room for",
+    )
+    entry.add_argument("--latency", type=float, metavar="R", help="the same, as a fraction of the network in floats")
+    entry.add_argument("--engine", default="onnxruntime", help="what a latency is measured on (default: onnxruntime)")
+    entry.add_argument("--batch", type=int, default=1, metavar="N", help="samples of that call (default: 1)")
+    entry.add_argument("--threads", type=int, metavar="N", help="threads of that call (default: the engine's)")
     entry = command(
         "convert",
         convert,

@@ -13,6 +13,9 @@ from compress.errors import RecipeError
 
 __all__ = ["cache_teacher", "fit", "how_to_go_on", "recipes", "run", "sensitivity", "step"]
 
+_TARGETS = ("latency_ms", "latency")
+_CALL = ("engine", "batch", "threads")
+
 
 def run(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     """Do a whole job, or go on with it."""
@@ -49,10 +52,13 @@ def cache_teacher(options: argparse.Namespace, rest: list[str], console: Console
 
 def sensitivity(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     """Measure what each layer's units are worth."""
-    from compress.pipeline import RunDirectory, sensitivity
+    from compress.pipeline import Deadline, RunDirectory, sensitivity
     from compress.prune.sensitivity import RATIOS
     from compress.quantize.sensitivity import BITS
 
+    deadline = None
+    if options.latency_ms is not None or options.latency is not None:
+        deadline = Deadline(**{name: getattr(options, name) for name in (*_TARGETS, *_CALL)})
     if Path(options.recipe).is_dir():
         if options.run_dir is not None:
             raise RecipeError(
@@ -68,6 +74,7 @@ def sensitivity(options: argparse.Namespace, rest: list[str], console: Console) 
             ratios=options.ratios or RATIOS,
             bits=options.bits or BITS,
             average_bits=options.average_bits,
+            deadline=deadline,
         )
         if opened.is_main_process:
             console.print(f"run directory: {opened.path}", soft_wrap=True)
@@ -101,8 +108,9 @@ def how_to_go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> 
     for name in ("ratios", "bits"):
         if values := getattr(options, name):
             words += [f"--{name}", *map(str, values)]
-    if options.average_bits is not None:
-        words += ["--average_bits", str(options.average_bits)]
+    targets = [name for name in ("average_bits", *_TARGETS) if getattr(options, name) is not None]
+    for name in targets + [name for name in _CALL if getattr(options, name) is not None and targets]:
+        words += [f"--{name}", str(getattr(options, name))]
     return shlex.join(words)
 
 

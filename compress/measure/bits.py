@@ -8,7 +8,17 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, name_layers, new_figure, page_svg, style
+from compress.measure.drawing import (
+    LIGHT,
+    NUM_SERIES,
+    PAGE,
+    Palette,
+    name_layers,
+    new_figure,
+    page_svg,
+    save_figure,
+    style,
+)
 from compress.measure.results import Bits
 
 __all__ = ["bits_svg", "save_bits"]
@@ -34,18 +44,8 @@ def save_bits(bits: Bits, directory: str | os.PathLike[str]) -> list[Path]:
     """
     if not bits.curves:
         return []
-    paths = [Path(directory) / f"bits.{kind}" for kind in ("png", "svg")]
     with mpl.rc_context(style(LIGHT)):
-        figure = _draw(bits, LIGHT)
-        for path in paths:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                metadata = {"Date": None} if path.suffix == ".svg" else {}
-                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-    return paths
+        return save_figure(_draw(bits, LIGHT), directory, "bits")
 
 
 def _draw(bits: Bits, palette: Palette) -> Figure:

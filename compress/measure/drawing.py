@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import html
 import io
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["LIGHT", "NUM_SERIES", "PAGE", "Palette", "name_layers", "new_figure", "page_svg", "shorten", "style"]
+__all__ = [
+    "LIGHT",
+    "NUM_SERIES",
+    "PAGE",
+    "Palette",
+    "name_layers",
+    "new_figure",
+    "page_svg",
+    "save_figure",
+    "shorten",
+    "style",
+]
 
 NUM_SERIES = 6
 
@@ -103,6 +116,24 @@ def page_svg(figure: Figure, description: str) -> str:
     for color, variable in _VARIABLES.items():
         text = text.replace(color, f"var(--{variable})")
     return text.replace("<svg", f'<svg role="img" aria-label="{html.escape(description)}"', 1)
+
+
+def save_figure(figure: Figure, directory: str | os.PathLike[str], name: str) -> list[Path]:
+    """Write a figure as ``NAME.png`` and ``NAME.svg``; each appears whole or not at all.
+
+    Returns:
+        The files.
+    """
+    paths = [Path(directory) / f"{name}.{kind}" for kind in ("png", "svg")]
+    for path in paths:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            metadata = {"Date": None} if path.suffix == ".svg" else {}
+            figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return paths
 
 
 def shorten(name: str) -> str:

@@ -9,6 +9,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from compress.measure.bits import bits_svg
+from compress.measure.mixed import mixed_svg
 from compress.measure.page import PAGE
 from compress.measure.plots import NUM_SERIES, picture_svg, training_svg, widths_svg
 from compress.measure.results import Report
@@ -40,6 +41,7 @@ def render_html(report: Report) -> str:
         "widths": widths_svg(report.widths),
         "sensitivity": sensitivity_svg(report.sensitivity) if report.sensitivity else "",
         "bits": bits_svg(report.bits) if report.bits else "",
+        "mixed": mixed_svg(report.mixed) if report.mixed else "",
     }
     return environment.from_string(PAGE).render(
         report=report,
@@ -48,6 +50,7 @@ def render_html(report: Report) -> str:
         colors=_colors(report),
         target=_target(report),
         missing_points=_missing_points(report),
+        mixed_ms=_mixed_ms(report),
         artifact_bytes=as_bytes(report.stages[-1].artifact_bytes) if report.stages[-1].artifact_bytes else "",
         **{name: Markup(svg) for name, svg in pictures.items()},
     )
@@ -94,6 +97,15 @@ def _missing_points(report: Report) -> str:
         return ""
     num_done = 1 + sum(ratio > 0 for points in measured.curves.values() for ratio, _ in points)
     return f"; {num_done} of {measured.num_points} points so far" if num_done < measured.num_points else ""
+
+
+def _mixed_ms(report: Report) -> dict[str, str]:
+    mixed = report.mixed
+    if mixed is None or mixed.reached is None or mixed.wanted_ms is None:
+        return {}
+    values = {"reached": mixed.reached["ms"], "wanted": mixed.wanted_ms}
+    values |= {"integers": mixed.integers["ms"], "floats": mixed.floats["ms"]}
+    return {name: as_ms(value) for name, value in values.items()}
 
 
 def _colors(report: Report) -> dict[str, Any]:

@@ -150,6 +150,15 @@ one layer at a time at few bits and nothing trained after it{% if report.bits.ch
 the target with the least loss in sum{% endif %}.</figcaption></figure>
 {% endif %}
 
+{% if mixed %}
+<h2>Integers or floats, layer by layer</h2>
+<figure>{{ mixed }}<figcaption>The network of stage {{ report.mixed.stage }}, quantised after training, with one layer
+at a time in floats: what a call on {{ report.mixed.engine }} takes more, and what the validation loss falls by
+{%- if report.mixed.reached %}. With the chosen layers in floats a call takes {{ mixed_ms.reached }} ms, where
+{{ mixed_ms.wanted }} were asked for; {{ mixed_ms.integers }} with every layer in integers, {{ mixed_ms.floats }} with
+none{% endif %}.</figcaption></figure>
+{% endif %}
+
 {% if report.notes %}
 <h2>How it was measured</h2>
 <ul>

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
-from compress.measure.results import Bits, Gains, LatencyRow, Report, Sensitivity, Stage, Target
+from compress.measure.results import Bits, Gains, LatencyRow, Mixed, Report, Sensitivity, Stage, Target
 from compress.measure.table import report_table
 
 __all__ = [
@@ -76,6 +76,7 @@ def read_report(path: str | os.PathLike[str]) -> Report:
         parts = {
             "sensitivity": data["sensitivity"] and Sensitivity(**_with_curves(data["sensitivity"])),
             "bits": data["bits"] and Bits(**_with_curves(data["bits"])),
+            "mixed": data["mixed"] and Mixed(**data["mixed"]),
             "target": data["target"] and Target(**data["target"]),
         }
         return Report(**known | {"stages": stages, "curves": curves} | parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Gains", "LatencyRow", "Report", "Sensitivity", "Stage", "Target"]
+__all__ = ["Bits", "Gains", "LatencyRow", "Mixed", "Report", "Sensitivity", "Stage", "Target"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,53 @@ class Bits:
 
 
 @dataclass(frozen=True)
+class Mixed:
+    """What a network in integers gains on the validation split and costs on an engine, one layer in floats at a time.
+
+    Args:
+        stage: Which network of the run it is.
+        metric: The metric that judges.
+        engine: What runs it.
+        batch: Samples in a call.
+        threads: Threads of a call; ``None`` for the engine's default.
+        measured_on: What would make it another measurement.
+        floats: ``{"loss": value, metric: value, "ms": value}`` of the network in floats throughout.
+        integers: The same of the network with every layer in integers.
+        layers: The same with one layer in floats, by its name; there are fewer while it is going on.
+        wanted_ms: The most milliseconds of a call.
+        chosen: The layers that stay in floats: within the time, the least loss in sum.
+        reached: The same of the network with all of them in floats, measured.
+    """
+
+    stage: str
+    metric: str
+    engine: str
+    batch: int
+    threads: int | None
+    measured_on: str
+    floats: dict[str, float]
+    integers: dict[str, float]
+    layers: dict[str, dict[str, float]]
+    wanted_ms: float | None = None
+    chosen: list[str] = field(default_factory=list)
+    reached: dict[str, float] | None = None
+
+    def gains(self) -> dict[str, float]:
+        """Return what the loss falls by with each layer in floats."""
+        return {layer: self.integers["loss"] - values["loss"] for layer, values in self.layers.items()}
+
+    def times(self) -> dict[str, float]:
+        """Return the milliseconds that each layer costs more in floats.
+
+        Example:
+            >>> whole, fc = {"loss": 1.0, "ms": 2.0}, {"loss": 0.9, "ms": 2.5}
+            >>> Mixed("baseline", "accuracy", "onnxruntime", 1, None, "", whole, whole, {"fc": fc}).times()
+            {'fc': 0.5}
+        """
+        return {layer: values["ms"] - self.integers["ms"] for layer, values in self.layers.items()}
+
+
+@dataclass(frozen=True)
 class Target:
     """A limit that the network was to be brought under.
 
@@ -193,6 +240,7 @@ class Report:
         notes: Sentences a reader needs to judge the figures.
         sensitivity: What each layer's silence costs, where that was measured.
         bits: What few bits in each layer cost, where that was measured.
+        mixed: What integers in each layer bring and cost, where that was measured.
         target: What pruning was to reach, where it had such a target.
     """
 
@@ -207,6 +255,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     sensitivity: Sensitivity | None = None
     bits: Bits | None = None
+    mixed: Mixed | None = None
     target: Target | None = None
 
     def metric(self, stage: Stage) -> float | None:

@@ -14,7 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from compress.measure.drawing import LIGHT, NUM_SERIES, PAGE, Palette, name_layers, new_figure, page_svg, shorten, style
+from compress.measure.drawing import (
+    LIGHT,
+    NUM_SERIES,
+    PAGE,
+    Palette,
+    name_layers,
+    new_figure,
+    page_svg,
+    save_figure,
+    shorten,
+    style,
+)
 from compress.measure.results import Sensitivity
 
 __all__ = ["save_sensitivity", "sensitivity_svg"]
@@ -42,18 +53,7 @@ def save_sensitivity(sensitivity: Sensitivity, directory: str | os.PathLike[str]
     """
     with mpl.rc_context(style(LIGHT)):
         figure = _draw(sensitivity, LIGHT)
-        if figure is None:
-            return []
-        paths = [Path(directory) / f"sensitivity.{kind}" for kind in ("png", "svg")]
-        for path in paths:
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
-            try:
-                metadata = {"Date": None} if path.suffix == ".svg" else {}
-                figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-        return paths
+        return [] if figure is None else save_figure(figure, directory, "sensitivity")
 
 
 def _draw(sensitivity: Sensitivity, palette: Palette) -> Figure | None:

@@ -3,6 +3,7 @@
 from compress.pipeline.bench import bench
 from compress.pipeline.export import convert, export
 from compress.pipeline.fit import fit
+from compress.pipeline.mixed import Deadline
 from compress.pipeline.report import report
 from compress.pipeline.rundir import RunDirectory, create_run, open_run
 from compress.pipeline.sensitivity import sensitivity
@@ -11,6 +12,7 @@ from compress.pipeline.test import test
 
 __all__ = [
     "STEPS",
+    "Deadline",
     "RunDirectory",
     "bench",
     "cache_teacher",

@@ -10,6 +10,7 @@ from compress.measure.cost import widths
 from compress.measure.machine import describe_machine
 from compress.measure.report import LatencyRow, Report, Stage, Target, report_table, write_report
 from compress.pipeline.bits import read_bits
+from compress.pipeline.mixed import read_mixed
 from compress.pipeline.rundir import RunDirectory
 from compress.pipeline.sensitivity import read_sensitivity
 from compress.surgery import History
@@ -49,6 +50,7 @@ def report(run: RunDirectory) -> None:
         notes=_notes(run, tested),
         sensitivity=read_sensitivity(run),
         bits=read_bits(run),
+        mixed=read_mixed(run),
         target=_target(history),
     )
     html = write_report(result, run.path)

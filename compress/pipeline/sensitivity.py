@@ -23,6 +23,7 @@ from compress.measure.table import sensitivity_table
 from compress.pipeline.bits import measure_layers
 from compress.pipeline.fit import fit_baseline
 from compress.pipeline.judging import device_of, judge, validation
+from compress.pipeline.mixed import Deadline, measure_mixed
 from compress.pipeline.rundir import RunDirectory
 from compress.prune import CRITERIA, Anatomy, StructuredPruning, measure_sensitivity, score_groups, study
 from compress.prune.criteria import Gradients, measure_activations
@@ -40,11 +41,13 @@ def sensitivity(
     ratios: Sequence[float] = RATIOS,
     bits: Sequence[int] = BITS,
     average_bits: float | None = None,
+    deadline: Deadline | None = None,
 ) -> None:
     """Measure the network before pruning with part of each layer silent; a measurement that was stopped goes on.
 
     Where the recipe quantises, the weights of each layer are also measured at few bits, and that alone where it does
-    not prune. The network is the distilled student where the run has it, else the student alone, which is trained
+    not prune. With a deadline each layer is measured in integers and in floats instead, of the pruned network where
+    the run has it. The network is the distilled student where the run has it, else the student alone, which is trained
     first. Leaves ``sensitivity.json``, written anew after every point, and ``sensitivity.png`` and ``.svg``.
 
     Args:
@@ -52,9 +55,10 @@ def sensitivity(
         ratios: Fractions of each layer's units to silence, between 0 and 1.
         bits: Bits of weights to try, 2 to 8.
         average_bits: Share bits out so that a weight has so many on average, at most.
+        deadline: Leave layers in floats as far as this leaves time.
 
     Raises:
-        RecipeError: when a ratio is out of range.
+        RecipeError: when a ratio is out of range, or the recipe does not quantise what is to meet a deadline.
         EditError: when the student has nothing that can be pruned.
     """
     for ratio in ratios:
@@ -62,12 +66,17 @@ def sensitivity(
             raise RecipeError(
                 f"ratios: expected fractions between 0 and 1, got {ratio:g}. Use 0.5 for half of a layer."
             )
-    stage = "distilled" if run.snapshot("distilled").exists() else "baseline"
+    _check_targets(run, average_bits, deadline)
+    stages = [stage for stage in ("distilled", "pruned") if run.snapshot(stage).exists()]
+    stage = stages[-1 if deadline else 0] if stages else "baseline"
     if stage == "baseline":
         fit_baseline(run)
     if not run.is_main_process:
         return
     run.console.rule(f"[bold]sensitivity[/] of the network of stage {stage!r}")
+    if deadline is not None:
+        measure_mixed(run, stage, deadline)
+        return
     if run.recipe.quantize is not None:
         measure_layers(run, stage, bits=bits, average_bits=average_bits)
         if run.recipe.prune is None:
@@ -76,6 +85,18 @@ def sensitivity(
     for path in save_sensitivity(measured, run.path):
         run.console.print(f"picture: {path}", soft_wrap=True)
     run.console.print(sensitivity_table(measured))
+
+
+def _check_targets(run: RunDirectory, average_bits: float | None, deadline: Deadline | None) -> None:
+    if deadline is None:
+        return
+    if average_bits is not None:
+        raise RecipeError("average_bits: expected none beside a latency, got both. Give one of them.")
+    if run.recipe.quantize is None:
+        raise RecipeError(
+            "latency: expected a recipe that quantises, got one without a quantize section. "
+            "Add --quantize.scheme int8, say; prune.target is what prunes to a latency."
+        )
 
 
 def read_sensitivity(run: RunDirectory) -> Sensitivity | None:

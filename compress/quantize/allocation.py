@@ -1,15 +1,18 @@
-"""Which layer gets how many bits: the least predicted loss within a size."""
+"""Which layer gets what: the least predicted loss within a size or a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from compress.errors import RecipeError
 
-__all__ = ["allocate_bits"]
+__all__ = ["allocate_bits", "allocate_floats"]
+
+Option = TypeVar("Option", bound=Hashable)
 
 _MOST_UNITS = 16384
 
@@ -52,29 +55,78 @@ def allocate_bits(
             "Measure fewer bits, or allow more."
         )
     unit = math.gcd(*(cost for of_layer in costs.values() for cost in of_layer.values()))
-    unit = max(unit, math.ceil(budget / _MOST_UNITS))
+    return _least_loss(losses, costs, budget, max(unit, math.ceil(budget / _MOST_UNITS)))
+
+
+def allocate_floats(gains: Mapping[str, float], times: Mapping[str, float], *, budget: float) -> list[str]:
+    """Choose the layers that stay in floats where the others compute in integers, as ``allocate_bits`` chooses bits.
+
+    Args:
+        gains: What a network's loss falls by with one layer in floats, all others in integers; negative where it rises.
+        times: What that layer costs more in floats, in any unit of time; negative where floats are faster.
+        budget: What all of them may cost more, in sum, to a 16,384th for each layer of what there is to choose about.
+
+    Returns:
+        Their names.
+
+    Raises:
+        RecipeError: when even the fastest choice is too slow.
+
+    Example:
+        >>> allocate_floats({"stem": 0.2, "body": 0.3, "fc": 0.2}, {"stem": 1.0, "body": 2.0, "fc": 1.0}, budget=2.0)
+        ['stem', 'fc']
+    """
+    fastest = sum(min(0.0, time) for time in times.values())
+    if fastest > budget:
+        raise RecipeError(f"latency: expected at least {fastest:g} more than in integers, got {budget:g}. Allow more.")
+    room = budget - fastest
+    unit = room / _MOST_UNITS or min((abs(time) for time in times.values() if time), default=1.0)
+    # Times are what a layer takes beyond its faster form, so that none is negative.
+    costs = {
+        layer: {False: round(max(0.0, -time) / unit), True: round(max(0.0, time) / unit)}
+        for layer, time in times.items()
+    }
+    losses = {layer: {False: 0.0, True: -gain} for layer, gain in gains.items()}
+    num = _MOST_UNITS + len(costs) // 2 if room else 0  # what just fits may be half a unit more for each layer
+    chosen = _least_loss(losses, costs, num, 1)
+    return [layer for layer, in_floats in chosen.items() if in_floats]
+
+
+def _least_loss(
+    losses: Mapping[str, Mapping[Option, float]],
+    costs: Mapping[str, Mapping[Option, int]],
+    budget: int,
+    unit: int,
+) -> dict[str, Option]:
+    """Return the option of each layer with the least loss in sum whose costs, rounded up to units, are within a budget.
+
+    Of options that lose the same, the first of a layer counts; where none fits once rounded up, the cheapest.
+    """
     num = budget // unit
-    # best[n]: the least loss of the layers so far that spends n units; taken[layer][n]: the bits that reach it.
+    units = {
+        layer: {option: -(-cost // unit) for option, cost in of_layer.items()} for layer, of_layer in costs.items()
+    }
+    # best[n]: the least loss of the layers so far that spends n units; taken[layer][n]: the option that reaches it.
     best = np.full(num + 1, np.inf)
     best[0] = 0.0
     taken = []
-    for layer in layers:
-        reached, bits_of = np.full(num + 1, np.inf), np.zeros(num + 1, dtype=np.int64)
-        for bits, cost in costs[layer].items():
-            units = -(-cost // unit)
-            if units > num:
+    for layer, of_layer in units.items():
+        reached, place_of = np.full(num + 1, np.inf), np.zeros(num + 1, dtype=np.int64)
+        for place, (option, spent) in enumerate(of_layer.items()):
+            if spent > num:
                 continue
             candidate = np.full(num + 1, np.inf)
-            candidate[units:] = best[: num + 1 - units] + losses[layer][bits]
+            candidate[spent:] = best[: num + 1 - spent] + losses[layer][option]
             better = candidate < reached
-            reached[better], bits_of[better] = candidate[better], bits
+            reached[better], place_of[better] = candidate[better], place
         best = reached
-        taken.append(bits_of)
+        taken.append(place_of)
     place = int(best.argmin())
-    if not math.isfinite(best[place]):  # rounded up, the fewest bits do not fit
-        return {layer: min(losses[layer]) for layer in layers}
+    if not math.isfinite(best[place]):
+        return {layer: min(of_layer, key=of_layer.__getitem__) for layer, of_layer in costs.items()}
     chosen = {}
-    for layer, bits_of in zip(reversed(layers), reversed(taken)):
-        chosen[layer] = int(bits_of[place])
-        place -= -(-costs[layer][chosen[layer]] // unit)
-    return {layer: chosen[layer] for layer in layers}
+    for layer, place_of in zip(reversed(units), reversed(taken)):
+        option = list(units[layer])[place_of[place]]
+        chosen[layer] = option
+        place -= units[layer][option]
+    return {layer: chosen[layer] for layer in losses}

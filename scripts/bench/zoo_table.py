@@ -34,9 +34,10 @@ _INT8_COLUMNS = (
     ("int8", "---"),
     ("MACs in int8", "---:"),
     ("Cosine, SNR", "---"),
+    ("ONNX Runtime: cosine, int8 + float kernels", "---"),
     ("Pruned: MACs in int8", "---:"),
     ("Cosine, SNR", "---"),
-    ("Its kernels in ONNX Runtime, int8 + float", "---:"),
+    ("ONNX Runtime: cosine, int8 + float kernels", "---"),
     ("What stays in floats, share of MACs", "---"),
 )
 
@@ -81,7 +82,7 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
     parts = [part for row in passing for part in (row, row["pruned"]) if part["cosine"] < LEAST_COSINE]
     blind = sum(least_cosine(part["weights_alone"]) <= 0 for part in parts)
     lines = [
-        f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise before and after pruning; "
+        f"{sum(row['pass'] for _, row in done)} of {len(done)} quantise and export before and after pruning; "
         f"{high} have at least {_SHARE:.0%} of their MACs in int8 both times.",
         f"{len(parts)} times a cosine is below {LEAST_COSINE} with float32, but lacks no more than {_MOST_TIMES} times "
         "what one lacks where nothing but the weights is rounded to 8 bits (in brackets); "
@@ -93,8 +94,7 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
         cells = [name, _passes(row)]
         for part in (row, row.get("pruned", {})):
             cells.append(f"{100 * part['share']:.1f} %" if "share" in part else "")
-            cells.append(_agreement(part))
-        cells.append(" + ".join(map(str, row.get("pruned", {}).get("kernels", []))))
+            cells += [_agreement(part), _exported(part)]
         cells.append("; ".join(f"{share:.1%} {reason}" for reason, share in row.get("reasons", {}).items()))
         lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return lines
@@ -105,6 +105,10 @@ def _agreement(part: Row) -> str:
         return ""
     alone = f" ({part['weights_alone']:.3f})" if part["cosine"] < LEAST_COSINE else ""
     return f"{part['cosine']:.3f}, {part['snr_db']:.0f} dB{alone}"
+
+
+def _exported(part: Row) -> str:
+    return f"{part['exported']:.3f}, {' + '.join(map(str, part['kernels']))}" if "exported" in part else ""
 
 
 def _shares(row: Row) -> list[float]:

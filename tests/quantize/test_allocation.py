@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.errors import RecipeError
-from compress.quantize.allocation import allocate_bits
+from compress.quantize.allocation import allocate_bits, allocate_floats
 
 LOSSES = {"a": {8: 0.0, 4: 0.1, 2: 0.9}, "b": {8: 0.0, 4: 0.2, 2: 0.3}, "c": {8: 0.0, 4: 0.01, 2: 0.5}}
 SIZES = {"a": 10, "b": 10, "c": 20}
@@ -64,3 +64,28 @@ def test_large_layers_of_odd_sizes_stay_within_the_target() -> None:
 def test_too_small_a_target() -> None:
     with pytest.raises(RecipeError, match=r"average_bits: expected at least 2, .* got 1\.5"):
         allocate_bits(LOSSES, SIZES, average_bits=1.5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.floats(-2, 2), st.integers(-20, 60)), min_size=1, max_size=6),
+    st.integers(0, 150),
+)
+def test_floats_gain_most_within_the_time(layers: list[tuple[float, int]], budget: int) -> None:
+    gains = {str(number): gain for number, (gain, _) in enumerate(layers)}
+    times = {str(number): time / 8 for number, (_, time) in enumerate(layers)}
+    room = budget / 8 - sum(min(0, time) for time in times.values())
+    chosen = allocate_floats(gains, times, budget=budget / 8)
+    every = [names for num in range(len(layers) + 1) for names in itertools.combinations(gains, num)]
+    within = [names for names in every if sum(times[name] for name in names) <= budget / 8]
+    assert sum(times[name] for name in chosen) <= budget / 8 + len(layers) * room / 16384
+    assert sum(gains[name] for name in chosen) >= max(sum(gains[name] for name in names) for names in within) - 1e-9
+
+
+def test_layers_that_floats_make_faster_stay_in_floats_where_there_is_no_room() -> None:
+    gains, times = {"a": -0.5, "b": 0.1, "c": 0.2}, {"a": -2.0, "b": 1.0, "c": -1.0}
+    assert allocate_floats(gains, times, budget=-3.0) == ["a", "c"]
+    assert allocate_floats(gains, times, budget=0.0) == ["b", "c"]
+    with pytest.raises(RecipeError, match="expected at least -3 more"):
+        allocate_floats(gains, times, budget=-3.5)
+    assert allocate_floats({}, {}, budget=0.0) == []

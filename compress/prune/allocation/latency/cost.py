@@ -6,18 +6,14 @@ import copy
 import hashlib
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from importlib import import_module
-from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from compress.export.targets import TARGETS
+from compress.export.calls import engine_call, repeat_samples
 from compress.measure.latency import time_calls
 from compress.measure.threads import torch_threads
 from compress.prune.allocation.latency.layers import LAYER_CALLS
@@ -27,7 +23,6 @@ from compress.prune.allocation.sizes import Sizes
 from compress.prune.allocation.targets import Target
 from compress.prune.allocation.work import list_work
 from compress.prune.anatomy import Anatomy
-from compress.runtime.engines import READS, make_engine
 from compress.surgery.capture import export_program
 
 __all__ = ["LatencyCost", "network_call"]
@@ -180,24 +175,13 @@ class _Form:
         """Export a network, left untouched."""
         twin = copy.deepcopy(network).cpu().eval()
         given = [tensor.detach().cpu() for tensor in inputs]
-        return cls(export_program(twin, given), [_samples(tensor, target.batch) for tensor in given])
+        return cls(export_program(twin, given), [repeat_samples(tensor, target.batch) for tensor in given])
 
     def call(self, target: Target) -> Callable[[], object]:
         """Build it for the target's engine, once."""
         if self._made is None:
-            builder = import_module(TARGETS[READS.get(target.engine, target.engine)])
-            with tempfile.TemporaryDirectory() as folder, torch_threads(target.threads):
-                path = Path(folder) / builder.FILE
-                builder.build(self._program, path)
-                engine = make_engine(target.engine, path, num_threads=target.threads)
-            given = [tensor.numpy() for tensor in self._batch] if engine.takes == "numpy" else list(self._batch)
-            self._made = lambda: engine(given)
+            self._made = engine_call(self._program, self._batch, target.engine, num_threads=target.threads)
         return self._made
-
-
-def _samples(tensor: Tensor, num: int) -> Tensor:
-    """Return a batch of a size, of the samples there are, again and again."""
-    return tensor[torch.arange(num) % len(tensor)].contiguous()
 
 
 def _structure(program: ExportedProgram, batch: Sequence[Tensor]) -> str:

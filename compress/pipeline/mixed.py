@@ -1,0 +1,291 @@
+"""Measure what each layer brings and costs in integers, and leave the best layers in floats within a latency."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+
+from compress.distill import read_batch
+from compress.distill.cache import fingerprint_module
+from compress.errors import RecipeError, RunError
+from compress.export.calls import engine_call, repeat_samples
+from compress.measure.latency import measure_latency
+from compress.measure.mixed import save_mixed
+from compress.measure.results import Mixed
+from compress.pipeline.judging import device_of, judge, validation
+from compress.pipeline.rundir import RunDirectory
+from compress.quantize.allocation import allocate_floats
+from compress.quantize.calibrate import calibrate
+from compress.quantize.layers import Assignment, make_assignment
+from compress.quantize.progressive import quantizers
+from compress.quantize.pt2e import convert, prepare
+from compress.quantize.sensitivity import capture_layers, num_weights
+from compress.runtime.engines import ENGINES
+from compress.runtime.engines import device_of as engine_device
+from compress.surgery.capture import export_program
+
+__all__ = ["Deadline", "measure_mixed", "read_mixed"]
+
+_NAME = "mixed"
+_LAYERS = "layers"
+_SECONDS = 0.5  # of each network when two are compared
+_MOST_CHOICES = 6
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """How long a call of the quantised network may take; one of the first two is given.
+
+    Args:
+        latency_ms: Milliseconds.
+        latency: A fraction of what the network in floats takes.
+        engine: What runs it, one on the CPU.
+        batch: Samples in a call.
+        threads: Threads of a call; the engine's default without it.
+
+    Raises:
+        RecipeError: when a value is out of range.
+    """
+
+    latency_ms: float | None = None
+    latency: float | None = None
+    engine: str = "onnxruntime"
+    batch: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("latency_ms", "latency") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise RecipeError(f"latency: expected one of latency_ms and latency, got {len(given)}. Give one.")
+        value = getattr(self, given[0])
+        if not 0 < value < float("inf"):
+            raise RecipeError(f"{given[0]}: expected a positive number, got {value:g}. Use 0.5, say.")
+        on_cpu = [name for name in ENGINES if engine_device(name) == "cpu"]
+        if self.engine not in on_cpu:
+            raise RecipeError(f"engine: expected one of {', '.join(on_cpu)}, got {self.engine!r}. Choose one.")
+        for name, num in (("batch", self.batch), ("threads", self.threads)):
+            if num is not None and num < 1:
+                raise RecipeError(f"{name}: expected at least 1, got {num}. Use 1.")
+
+    def milliseconds(self, in_floats: float) -> float:
+        """Return the most milliseconds, given what the network in floats takes."""
+        return self.latency_ms if self.latency_ms is not None else (self.latency or 0) * in_floats
+
+
+def measure_mixed(run: RunDirectory, stage: str, deadline: Deadline) -> None:
+    """Quantise a network after training with one layer after the other in floats, and judge and time each.
+
+    Layers that a deadline has room for stay in floats, where that loses least in sum; what is chosen is built and
+    timed, and chosen anew with less room while it is too slow. Leaves ``mixed.json``, written anew after every layer,
+    from which the same command goes on, ``mixed.png`` and ``.svg``, and ``layers.json``, which is what a recipe's
+    ``quantize.layers`` takes. A network is timed in turn with the one in integers, and its ratio to that one counts.
+
+    Args:
+        run: The run directory; its recipe quantises.
+        stage: Which of its networks.
+        deadline: What a call may take.
+
+    Raises:
+        RecipeError: when the network is too slow with every layer in its faster form.
+        CaptureError: when the network cannot be quantised.
+        ExportError: when the engine cannot be given it.
+    """
+    bench = _Bench(run, stage, deadline)
+    result = bench.start(_found(run, bench.measured_on))
+    for layer in track(bench.layers, "measuring layers", transient=True, console=run.console):
+        if layer not in result.layers:
+            result.layers[layer] = bench.measure([layer])
+            run.write_json(_NAME, asdict(result))
+            values = result.layers[layer]
+            words = f"{layer} in floats: loss {values['loss']:.4f}, {values['ms']:.4g} ms"
+            run.console.print(words, soft_wrap=True, markup=False, highlight=False)
+    wanted = deadline.milliseconds(result.floats["ms"])
+    chosen, reached = _choose(result, wanted, bench.measure)
+    result = replace(result, wanted_ms=wanted, chosen=chosen, reached=reached)
+    run.write_json(_NAME, asdict(result))
+    for path in save_mixed(result, run.path):
+        run.console.print(f"picture: {path}", soft_wrap=True)
+    _tell(run, result)
+
+
+def read_mixed(run: RunDirectory) -> Mixed | None:
+    """Return what a run directory holds of a measurement, finished or not.
+
+    Raises:
+        RunError: when the file is another one.
+    """
+    if not _file(run).exists():
+        return None
+    try:
+        return Mixed(**json.loads(_file(run).read_text()))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
+            "Delete it and measure again."
+        ) from error
+
+
+def _choose(
+    result: Mixed, wanted: float, measure: Callable[[Sequence[str]], dict[str, float]]
+) -> tuple[list[str], dict[str, float]]:
+    """Return layers to leave in floats, and the network with them: the first choice that is measured in time.
+
+    Times of layers add up while few are in floats; all of them are the network in floats, whose time is known.
+    """
+    if result.floats["ms"] <= wanted and result.floats["loss"] <= result.integers["loss"]:
+        return list(result.layers), result.floats
+    gains, times = result.gains(), result.times()
+    room = wanted - result.integers["ms"]
+    fastest = sum(min(0.0, time) for time in times.values())
+    if fastest > room:
+        raise RecipeError(
+            f"latency_ms: expected at least {result.integers['ms'] + fastest:.4g}, every layer in its faster form, got "
+            f"{wanted:.4g}. Allow more, prune first, or choose another engine."
+        )
+    tried: list[list[str]] = []
+    while (chosen := allocate_floats(gains, times, budget=room)) not in tried[-1:] and len(tried) < _MOST_CHOICES:
+        tried.append(chosen)
+        reached = measure(chosen) if chosen else result.integers
+        spent, allowed = reached["ms"] - result.integers["ms"], wanted - result.integers["ms"]
+        if spent <= allowed:
+            return chosen, reached
+        # As if every layer took more by the same factor; what is to be saved has no factor.
+        predicted = sum(times[layer] for layer in chosen)
+        room = max(fastest, predicted * allowed / spent if allowed > 0 else room - (spent - allowed))
+    raise RecipeError(
+        f"latency_ms: expected a choice that is measured within {wanted:.4g}, got {reached['ms']:.4g} after "
+        f"{len(tried)} of them: times of layers do not add up here. Allow more."
+    )
+
+
+class _Bench:
+    """Quantises, judges and times one network, with some of its layers in floats."""
+
+    def __init__(self, run: RunDirectory, stage: str, deadline: Deadline) -> None:
+        callback = run.recipe.quantize
+        assert callback is not None
+        self._run, self._stage, self._deadline, self._callback = run, stage, deadline, callback
+        self._network = run.network(stage)[0].eval()
+        self._loader, self._num_batches = validation(run)
+        self._inputs = [tensor[:2] for tensor in run.held_out]
+        self._call_inputs = [repeat_samples(tensor, deadline.batch) for tensor in run.held_out]
+        self._batches = _training_inputs(run, callback.num_batches)
+        prepared = prepare(copy.deepcopy(self._network), self._inputs, callback.assignment)
+        named = num_weights(capture_layers(copy.deepcopy(self._network), self._inputs))
+        self.layers = [layer for layer in named if _is_rounded(prepared, layer)]
+        self._base: Callable[[], object] | None = None
+        self._base_ms = 0.0
+
+    @property
+    def measured_on(self) -> str:
+        """What would make it another measurement."""
+        words = [fingerprint_module(self._network), f"{self._num_batches} batches", str(self._callback.assignment)]
+        words += [f"{len(self._batches)} to calibrate, {self._callback.ranges}"]
+        return ", ".join([*words, str(replace(self._deadline, latency_ms=1, latency=None))])
+
+    def start(self, before: Mixed | None) -> Mixed:
+        """Measure the network in floats and in integers, unless that has been done."""
+        prepared, converted = self._quantized([])
+        self._base = self._call(converted)
+        if before is not None:
+            self._base_ms = before.integers["ms"]
+            return before
+        floats = self._call(self._network)
+        measured = measure_latency({"integers": self._base, "floats": floats}, seconds=_SECONDS)
+        self._base_ms = measured["integers"].p50_ms
+        deadline = self._deadline
+        return Mixed(
+            stage=self._stage,
+            metric=self._run.recipe.task.metric,
+            engine=deadline.engine,
+            batch=deadline.batch,
+            threads=deadline.threads,
+            measured_on=self.measured_on,
+            floats={**self._judge(self._network), "ms": measured["floats"].p50_ms},
+            integers={**self._judge(prepared), "ms": self._base_ms},
+            layers={},
+        )
+
+    def measure(self, in_floats: Sequence[str]) -> dict[str, float]:
+        """Return loss, metrics and milliseconds of the network with some layers in floats, the others in integers."""
+        assert self._base is not None
+        prepared, converted = self._quantized(in_floats)
+        calls = {"integers": self._base, "mixed": self._call(converted)}
+        measured = measure_latency(calls, seconds=_SECONDS)
+        ratio = measured["mixed"].p50_ms / measured["integers"].p50_ms
+        return {**self._judge(prepared), "ms": self._base_ms * ratio}
+
+    def _quantized(self, in_floats: Sequence[str]) -> tuple[nn.Module, nn.Module]:
+        own = self._callback.assignment
+        floats = make_assignment("int8", layers=dict.fromkeys(in_floats, "float")).layers
+        assignment = replace(own, layers={**own.layers, **floats})
+        prepared = prepare(copy.deepcopy(self._network), self._inputs, assignment)
+        calibrate(prepared, self._batches, ranges=self._callback.ranges)
+        return prepared, convert(prepared)
+
+    def _call(self, network: nn.Module) -> Callable[[], object]:
+        program = export_program(network, self._inputs)
+        deadline = self._deadline
+        return engine_call(program, self._call_inputs, deadline.engine, num_threads=deadline.threads)
+
+    def _judge(self, network: nn.Module) -> dict[str, float]:
+        device = device_of(self._run)
+        values = judge(self._run, network.to(device), islice(self._loader, self._num_batches), device)
+        network.cpu()
+        return values
+
+
+def _training_inputs(run: RunDirectory, num_batches: int) -> list[tuple[Tensor, ...]]:
+    """Return the same training inputs in every process, to calibrate with."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(run.recipe.seed)
+        return [read_batch(batch).inputs for batch in islice(run.recipe.data.train_dataloader(), num_batches)]
+
+
+def _is_rounded(prepared: nn.Module, layer: str) -> bool:
+    try:
+        quantizers(prepared, [layer])
+    except RecipeError:
+        return False
+    return True
+
+
+def _found(run: RunDirectory, measured_on: str) -> Mixed | None:
+    before = read_mixed(run)
+    if before is not None and before.measured_on != measured_on:
+        run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
+        return None
+    return before
+
+
+def _tell(run: RunDirectory, result: Mixed) -> None:
+    """Say what was found, and how a recipe takes it."""
+    assert result.reached is not None
+    metric = result.metric
+    for name, values in {
+        "floats": result.floats,
+        "integers": result.integers,
+        f"{len(result.chosen)} of {len(result.layers)} layers in floats": result.reached,
+    }.items():
+        text = f"{name}: {values['ms']:.4g} ms, loss {values['loss']:.4f}, {metric} {values[metric]:.4f}"
+        run.console.print(text, soft_wrap=True, highlight=False)
+    if len(result.chosen) == len(result.layers):
+        run.console.print("the network in floats is fast enough: nothing needs to be quantised")
+        return
+    own: Assignment = run.recipe.quantize.assignment  # type: ignore[union-attr]
+    layers = {pattern: scheme.name for pattern, scheme in own.layers.items()}
+    run.write_json(_LAYERS, layers | dict.fromkeys(result.chosen, "float"))
+    words = f'--quantize.layers "$(cat {run.path / _LAYERS}.json)"'
+    run.console.print(f"to train with them: {words}", soft_wrap=True, markup=False, highlight=False)
+
+
+def _file(run: RunDirectory) -> Path:
+    return run.path / f"{_NAME}.json"
