@@ -108,8 +108,10 @@ def how_to_go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> 
     for name in ("ratios", "bits"):
         if values := getattr(options, name):
             words += [f"--{name}", *map(str, values)]
-    targets = [name for name in ("average_bits", *_TARGETS) if getattr(options, name) is not None]
-    for name in targets + [name for name in _CALL if getattr(options, name) is not None and targets]:
+    given = [name for name in ("average_bits", *_TARGETS) if getattr(options, name) is not None]
+    if set(given) & set(_TARGETS):
+        given += [name for name in _CALL if getattr(options, name) is not None]
+    for name in given:
         words += [f"--{name}", str(getattr(options, name))]
     return shlex.join(words)
 

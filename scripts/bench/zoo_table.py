@@ -108,7 +108,10 @@ def _agreement(part: Row) -> str:
 
 
 def _exported(part: Row) -> str:
-    return f"{part['exported']:.3f}, {' + '.join(map(str, part['kernels']))}" if "exported" in part else ""
+    if "exported" not in part:
+        return ""
+    moved = f" ({part['moved']:.3f})" if part["exported"] < LEAST_COSINE else ""
+    return f"{part['exported']:.3f}{moved}, {' + '.join(map(str, part['kernels']))}"
 
 
 def _shares(row: Row) -> list[float]:

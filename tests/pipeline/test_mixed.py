@@ -197,3 +197,19 @@ def test_pictures_and_the_report(tmp_path: Path) -> None:
     svg = mixed_svg(replace(EXAMPLE, layers=many))
     assert "layer39" in svg
     assert ">layer2<" not in svg
+
+
+def test_what_was_interrupted_is_gone_on_with_within_the_same_time(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    known = read(run)
+    known["layers"].popitem()
+    (run / "mixed.json").write_text(json.dumps(known))
+    monkeypatch.setattr("compress.pipeline.mixed.measure_latency", interrupt)
+    given = "--latency_ms 2.5 --engine onnxruntime --batch 1 --threads 1"
+    assert compress.cli.main(["sensitivity", str(run), *given.split()]) == 130
+    assert capsys.readouterr().err.strip().endswith(f"Go on with: compress sensitivity {run} {given}")
+    assert read(run) == known
