@@ -11,8 +11,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
 from compress.errors import RecipeError, RunError
@@ -21,7 +19,7 @@ from compress.measure.results import Bits
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_bits
-from compress.quantize.progressive import quantizers
+from compress.quantize.progressive import quantized_layers
 from compress.quantize.schemes import get_scheme
 from compress.quantize.sensitivity import BITS, capture_layers, measure_bits, num_weights
 from compress.surgery import Captured
@@ -70,7 +68,7 @@ def measure_layers(
     if isinstance(rehearsed, Captured):
         network = capture_layers(network, inputs)
     sizes = num_weights(network)
-    named = [layer for layer in sizes if _may_be_named(rehearsed, layer)]
+    named = quantized_layers(rehearsed, sizes)
     curves = {} if before is None else {layer: points for layer, points in before.curves.items() if layer in sizes}
 
     def loss(changed: Any) -> dict[str, float]:
@@ -145,15 +143,6 @@ def read_bits(run: RunDirectory) -> Bits | None:
             f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
             f"Delete it and measure again: compress sensitivity {run.path}"
         ) from error
-
-
-def _may_be_named(rehearsed: nn.Module, layer: str) -> bool:
-    """Say whether ``quantize.progressive.order`` takes a layer: what it multiplies is rounded."""
-    try:
-        quantizers(rehearsed, [layer])
-    except RecipeError:
-        return False
-    return True
 
 
 def _file(run: RunDirectory) -> Path:

@@ -25,7 +25,7 @@ from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_floats
 from compress.quantize.calibrate import calibrate
 from compress.quantize.layers import Assignment, make_assignment
-from compress.quantize.progressive import quantizers
+from compress.quantize.progressive import quantized_layers
 from compress.quantize.pt2e import convert, prepare
 from compress.quantize.sensitivity import capture_layers, num_weights
 from compress.runtime.engines import ENGINES
@@ -180,7 +180,7 @@ class _Bench:
         self._batches = _training_inputs(run, callback.num_batches)
         prepared = prepare(copy.deepcopy(self._network), self._inputs, callback.assignment)
         named = num_weights(capture_layers(copy.deepcopy(self._network), self._inputs))
-        self.layers = [layer for layer in named if _is_rounded(prepared, layer)]
+        self.layers = quantized_layers(prepared, named)
         self._base: Callable[[], object] | None = None
         self._base_ms = 0.0
 
@@ -248,14 +248,6 @@ def _training_inputs(run: RunDirectory, num_batches: int) -> list[tuple[Tensor, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(run.recipe.seed)
         return [read_batch(batch).inputs for batch in islice(run.recipe.data.train_dataloader(), num_batches)]
-
-
-def _is_rounded(prepared: nn.Module, layer: str) -> bool:
-    try:
-        quantizers(prepared, [layer])
-    except RecipeError:
-        return False
-    return True
 
 
 def _found(run: RunDirectory, measured_on: str) -> Mixed | None:

@@ -20,7 +20,7 @@ from compress.quantize.annotate import is_product, layer_of, weights_of
 from compress.quantize.parametrize import rounded_layers
 from compress.surgery import Captured
 
-__all__ = ["Stages", "quantizers", "set_bits"]
+__all__ = ["Stages", "quantized_layers", "quantizers", "set_bits"]
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,17 @@ def quantizers(prepared: nn.Module, order: Sequence[str] = ()) -> list[list[Any]
     for module in every:
         groups[places.get(id(module), len(order) - 1)].append(module)
     return groups
+
+
+def quantized_layers(prepared: nn.Module, layers: Iterable[str]) -> list[str]:
+    """Return those of some layers whose products are rounded, which ``quantizers`` finds by their names.
+
+    Args:
+        prepared: From ``prepare`` or ``parametrize``.
+        layers: Names.
+    """
+    found = {layer for layer, _ in _layers(prepared)}
+    return [layer for layer in layers if fnmatch.filter(found, layer)]
 
 
 def set_bits(fake_quantizers: Iterable[Any], bits: int) -> None:
