@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from compress.measure.drawing import LIGHT, PAGE, Palette, new_figure, page_svg, save_figure, shorten, style
 from compress.measure.results import Mixed
@@ -52,6 +53,7 @@ def _draw(mixed: Mixed, palette: Palette) -> Figure:
             panel.barh(own, [values[layers[place]] for place in own], color=color, height=0.7, label=name)
         panel.axvline(0, color=palette.muted, linewidth=0.8)
         panel.set_title(title)
+        panel.xaxis.set_major_locator(MaxNLocator(5))
         panel.grid(axis="y", visible=False)
     axes[0].set_yticks(range(len(layers)), [shorten(layer) for layer in layers])
     axes[0].invert_yaxis()
