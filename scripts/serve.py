@@ -6,8 +6,9 @@
 POST /predict takes one raw sample as nested lists, or as a text where the artefact holds a tokenizer, and gives its
 label and probabilities; GET /health says whether the server is ready. A sample of another shape, or with values that
 are no numbers, gets status 422 and never meets others; one that the network refuses gets it, too, and those beside it
-are served. Where sizes may vary, samples of one shape become one batch: none is padded. An artefact whose outputs are
-not of shape (N, classes) is refused at the start: it has no labels to answer with.
+are served. Where sizes may vary, samples of one shape become one batch: none is padded. An artefact whose output (of
+several the one called ``logits``, else the first) is not of shape (N, classes) is refused at the start: it has no
+labels to answer with.
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,8 +18,9 @@ from torch.export import ExportedProgram
 from compress.errors import ArtifactError, ExportError, MissingPackageError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates, few_integers
-from compress.export.graph import input_specs, largest_batch, output_shape
+from compress.export.graph import input_specs, largest_batch
 from compress.export.options import Options, option_mistakes
+from compress.export.outputs import flattened, in_form, output_form
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
@@ -31,6 +31,7 @@ from compress.runtime.manifest import (
     Target,
     TensorSpec,
     check_text,
+    manifest_text,
     preprocesses_text,
     read_manifest,
     sha256,
@@ -48,7 +49,7 @@ def export_artifact(
     directory: str | Path,
     *,
     targets: Sequence[str],
-    reference: Callable[..., Tensor],
+    reference: Callable[..., Any],
     held_out: Sequence[Tensor],
     scheme: str | None = None,
     gates: Gates | None = None,
@@ -61,7 +62,8 @@ def export_artifact(
 
     Args:
         program: The network in the form that is deployed, captured with a dynamic batch dimension, and with whatever
-            other sizes may vary (``export_program(..., lengths=...)``).
+            other sizes may vary (``export_program(..., lengths=...)``). It gives a tensor, or a tuple, list or dict of
+            tensors, of shape (N, ...) each.
         directory: The artefact, which must not exist; it appears when everything has passed.
         targets: Names among ``TARGETS``.
         reference: The trained module in eval mode, whose outputs are what must come out.
@@ -77,8 +79,9 @@ def export_artifact(
         The manifest as written.
 
     Raises:
-        ExportError: when a target or an option is unknown, a target fails a gate, none can be built, or none computes
-            in integers as the gates ask; nothing is left behind. One that alone computes in floats is left out.
+        ExportError: when a target or an option is unknown, the network gives anything but tensors with a row for each
+            sample, a target fails a gate, none can be built, or none computes in integers as the gates ask; nothing is
+            left behind. One that alone computes in floats is left out.
     """
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
@@ -89,11 +92,13 @@ def export_artifact(
     if mistakes := list(option_mistakes(options or {}, targets)):
         raise ExportError("\n".join(mistakes))
     inputs = input_specs(program)
+    form = output_form(program)
     check_inputs(inputs, held_out)
     _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
+    reference = in_form(reference, form)
     wanted = reference_outputs(reference, held_out)
-    _check_labels((metadata or {}).get("labels"), output_shape(program))
-    program, cleanup = clean_up(program)
+    _check_labels((metadata or {}).get("labels"), form.scores.shape)
+    program, cleanup = clean_up(flattened(program))
     others = other_sizes(reference, held_out, lengths_of(program))
     job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others, options=options or {})
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -106,7 +111,8 @@ def export_artifact(
             **{"name": directory.name, "task": "unknown", **(metadata or {})},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             inputs=inputs,
-            outputs=(TensorSpec("output", str(wanted.dtype), output_shape(program)),),
+            outputs=form.specs,
+            structure=form.structure,
             max_batch=largest_batch(program),
             targets=built,
             scheme=scheme,
@@ -118,7 +124,7 @@ def export_artifact(
             gates=asdict(gates),
             files={name: sha256(temporary / name) for name in files or {}},
         )
-        (temporary / "manifest.json").write_text(json.dumps(asdict(manifest), indent=1))
+        (temporary / "manifest.json").write_text(manifest_text(manifest))
         sign(temporary)
         temporary.chmod(0o755)
         os.replace(temporary, directory)

@@ -10,7 +10,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.progress import Progress
 from torch import Tensor
 from torch.export import ExportedProgram
@@ -19,6 +18,7 @@ from compress.errors import CaptureError, CompressError, ExportSkippedError, Mis
 from compress.export.counting import with_macs
 from compress.export.gates import Gates, failures
 from compress.export.options import Options
+from compress.export.outputs import Outputs
 from compress.export.parity import Parity, Sample, check_parity
 from compress.export.products import Product
 from compress.export.targets import TARGETS, WITH_LENGTHS
@@ -39,7 +39,7 @@ class Job:
         program: What is lowered.
         work: Its products.
         inputs: What engines are compared on, shape (N, ...) each.
-        wanted: The outputs that must come out, shape (N, ...).
+        wanted: The outputs that must come out, shape (N, ...) each.
         quantized: Whether int8 kernels are expected.
         gates: What each target must pass.
         others: Inputs of other sizes, and what must come out.
@@ -50,7 +50,7 @@ class Job:
     program: ExportedProgram
     work: Sequence[Product]
     inputs: Sequence[Tensor]
-    wanted: np.ndarray
+    wanted: Outputs
     quantized: bool
     gates: Gates
     others: Mapping[str, Sample] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         folder: Where its files go.
 
     Raises:
-        ExportError: when it gives outputs of another shape.
+        ExportError: when it gives outputs of another number or shape.
         ExportSkippedError: when the engine does not take the network, or this machine cannot build it; nothing is left.
         MissingPackageError: when a library is not installed.
     """
@@ -111,7 +111,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         bytes=sum(file.stat().st_size for file in (path, *parts)),
         sha256=sha256(path),
         census=asdict(census) if census else {},
-        agreement={**asdict(parity.batches), **_of_other_sizes(parity), **job.notes},
+        agreement={**asdict(parity.batches), **_details(parity), **job.notes},
         requires=target.requires(),
         parts={part.name: sha256(part) for part in parts},
         options=dict(options),
@@ -135,6 +135,10 @@ def _or_skipped(expected: str) -> Iterator[None]:
         raise ExportSkippedError(f"{expected}, got {reason}. Leave the target out.") from error
 
 
-def _of_other_sizes(parity: Parity) -> dict[str, dict[str, float]]:
-    errors = {text: found.relative_error for text, found in parity.others.items()}
-    return {"relative_error_at": errors} if errors else {}
+def _details(parity: Parity) -> dict[str, dict[str, float]]:
+    """Return relative errors by size and by output, where there are several."""
+    found = {
+        "relative_error_at": {text: found.relative_error for text, found in parity.others.items()},
+        "relative_error_of": {name: each.batches.relative_error for name, each in parity.outputs.items()},
+    }
+    return {key: errors for key, errors in found.items() if errors}

@@ -9,8 +9,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,16 @@ from compress.export.products import Product, products
 from compress.export.samples import random_inputs
 from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine, missing_package
-from compress.runtime.manifest import Manifest, Target, TensorSpec, check_file, check_files, read_manifest
+from compress.runtime.manifest import (
+    Manifest,
+    Target,
+    TensorSpec,
+    check_file,
+    check_files,
+    manifest_text,
+    read_manifest,
+)
+from compress.runtime.outputs import arranger, check_number
 from compress.runtime.trust import SIGNATURE, Signed, read_signed, signature_of
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import LARGEST_BATCH, lengths_of
@@ -173,8 +183,15 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
     check_inputs(manifest.inputs, inputs)
     engine = make_engine(_SOURCE, source)
     lengths = lengths_of(portable)
-    wanted = reference_outputs(lambda *batch: engine(batch)[0], inputs)
-    others = other_sizes(lambda *batch: engine(batch)[0], inputs, lengths)
+    arrange = arranger(manifest.structure, [spec.name for spec in manifest.outputs])
+
+    def reference(*batch: Tensor) -> Any:
+        found = engine(batch)
+        check_number(found, manifest, _SOURCE)
+        return arrange(found)
+
+    wanted = reference_outputs(reference, inputs)
+    others = other_sizes(reference, inputs, lengths)
     if manifest.scheme is not None:
         recognise(module)
     most = manifest.max_batch or LARGEST_BATCH
@@ -243,7 +260,7 @@ def _steps(signed: Signed, new: Manifest, built: Mapping[str, Target], folder: P
 
     def become(manifest: Manifest) -> None:
         nonlocal signature
-        content = json.dumps(asdict(manifest), indent=1).encode()
+        content = manifest_text(manifest).encode()
         following = signature_of(content)
         # In between, the signature is that of either manifest.
         write(SIGNATURE, json.dumps({**signature, "next": following}, indent=1).encode())

@@ -19,9 +19,10 @@ class Gates:
     """Limits for each target.
 
     Args:
-        max_relative_error: Largest distance of the outputs from the trained module's, relative to their norm; at most
+        max_relative_error: Largest distance of each output from the trained module's, relative to its norm; at most
             ``FLOAT_TOLERANCE`` counts when nothing is quantised or in half precision.
-        min_top1_agreement: Least fraction of held-out inputs with the same largest output.
+        min_top1_agreement: Least fraction of held-out inputs with the same largest output; of several outputs, in the
+            one called ``logits``, else in the first.
         min_int8_fraction: Least fraction of the multiply-accumulates that a compiled graph is certain to do in int8,
             when quantised.
     """
@@ -46,14 +47,16 @@ def failures(
     """
     batches = parity.batches
     limit = gates.max_relative_error if quantized or not exact else min(gates.max_relative_error, FLOAT_TOLERANCE)
-    others = [(found, f", {where}") for where, found in parity.others.items()]
-    for found, where in ((parity.batches, ""), (parity.singles, ", one by one"), *others):
-        # Written so that not-a-number fails.
-        if not found.relative_error <= limit:
-            yield (
-                f"{engine}: expected a relative error of at most {limit:g} (export.max_relative_error), "
-                f"got {found.relative_error:.4g} on {found.num_samples} held-out inputs{where}."
-            )
+    for output, each in (parity.outputs or {"": parity}).items():
+        of = f" in {output!r}" if output else ""
+        others = [(found, f", {where}") for where, found in each.others.items()]
+        for found, where in ((each.batches, ""), (each.singles, ", one by one"), *others):
+            # Written so that not-a-number fails.
+            if not found.relative_error <= limit:
+                yield (
+                    f"{engine}: expected a relative error of at most {limit:g} (export.max_relative_error), "
+                    f"got {found.relative_error:.4g}{of} on {found.num_samples} held-out inputs{where}."
+                )
     if not batches.top1_agreement >= gates.min_top1_agreement:
         yield (
             f"{engine}: expected a top-1 agreement of at least {gates.min_top1_agreement:g} "

@@ -25,7 +25,6 @@ __all__ = [
     "input_specs",
     "largest_batch",
     "loosen_views",
-    "output_shape",
     "rewritten",
     "spare_inputs",
     "widen_single_channels",
@@ -67,12 +66,6 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
         }
         specs.append(TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape, ranges))
     return tuple(specs)
-
-
-def output_shape(program: ExportedProgram) -> tuple[int | None, ...]:
-    """Return the shape of a program's only output; what varies is ``None``."""
-    (value,) = (node.meta["val"] for node in program.graph.output_node().args[0])
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
 
 
 def _range(length: Length, number: int, example: torch.Size) -> Range:

@@ -12,10 +12,13 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError, ExportSkippedError, first_line
+from compress.export.outputs import Outputs, first_rows, named, structure_of
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import TensorSpec
+from compress.runtime.outputs import arranger
 from compress.runtime.sizes import described, wrong_size
+from compress.runtime.values import class_output
 from compress.surgery.lengths import Length
 
 __all__ = ["Parity", "Sample", "check_inputs", "check_parity", "compare", "other_sizes", "reference_outputs"]
@@ -30,26 +33,31 @@ class Sample:
 
     Args:
         inputs: Shape (N, ...) each.
-        wanted: Shape (N, ...).
+        wanted: Shape (N, ...) each.
     """
 
     inputs: Sequence[Tensor]
-    wanted: np.ndarray
+    wanted: Outputs
 
 
 @dataclass(frozen=True)
 class Parity:
     """Agreement of an engine with the trained module.
 
+    Of several outputs, distances are those of the worst, and the top-1 agreement is that of the output by which classes
+    are told: the one called ``logits``, else the first.
+
     Args:
         batches: On all held-out inputs, in batches.
         singles: On the first few, one by one: compilers treat a batch of one differently.
         others: On inputs of other sizes, by what these are.
+        outputs: The same of each output by its name, where there are several.
     """
 
     batches: Agreement
     singles: Agreement
     others: Mapping[str, Agreement] = field(default_factory=dict)
+    outputs: Mapping[str, Parity] = field(default_factory=dict)
 
 
 def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> None:
@@ -77,19 +85,33 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Sequence[Tensor]) -> None:
         raise ExportError(reason)
 
 
-def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor]) -> np.ndarray:
-    """Return the trained module's outputs, shape (N, ...).
+def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor]) -> Outputs:
+    """Return the trained module's outputs, shape (N, ...) each.
 
     Raises:
-        ExportError: when it gives anything but one tensor with a row for each input, or there are no inputs.
+        ExportError: when it gives anything but a tensor, or a tuple or dict of tensors, with a row for each input, or
+            there are no inputs.
     """
     if not held_out or not len(held_out[0]):
         raise ExportError("held_out: expected at least one input, got none. Give validation inputs.")
+    form: tuple[str | None, list[str]] = (None, [])
+
+    def run(batch: list[Tensor]) -> list[Any]:
+        nonlocal form
+        given = reference(*batch)
+        found = named(given, "reference")
+        for name, value in found.items():
+            if value.shape[:1] != batch[0].shape[:1]:
+                raise ExportError(
+                    f"reference: expected a row of {name} for each of {len(batch[0])} inputs, got shape "
+                    f"{tuple(value.shape)}. Leave it out of what forward returns."
+                )
+        form = structure_of(given), list(found)
+        return list(found.values())
+
     with torch.no_grad():
-        wanted = _outputs(lambda batch: [reference(*batch)], held_out, _BATCH)
-    if wanted is None:
-        raise ExportError("reference: expected one tensor as output, got something else. Return the logits alone.")
-    return wanted
+        arrays = _outputs(run, held_out, _BATCH)
+    return arranger(*form)(arrays)
 
 
 def other_sizes(
@@ -117,43 +139,66 @@ def other_sizes(
 
 
 def check_parity(
-    engine: Engine, wanted: np.ndarray, held_out: Sequence[Tensor], others: Mapping[str, Sample] | None = None
+    engine: Engine, wanted: Outputs, held_out: Sequence[Tensor], others: Mapping[str, Sample] | None = None
 ) -> Parity:
     """Run an engine on held-out inputs and compare.
 
     Args:
         engine: Loaded from the file that will be served.
-        wanted: The trained module's outputs, shape (N, ...).
+        wanted: The trained module's outputs, shape (N, ...) each.
         held_out: The inputs, shape (N, ...) each.
         others: Inputs of other sizes, from ``other_sizes``.
 
     Raises:
-        ExportError: when it gives outputs of another shape.
-        ExportSkippedError: when it does not run.
+        ExportError: when it gives outputs of another number or shape.
+        ExportSkippedError: when it does not run, or gives another dtype.
     """
-    few = Sample([tensor[:_NUM_SINGLES] for tensor in held_out], wanted[:_NUM_SINGLES])
-    return Parity(
-        _distance(engine, Sample(held_out, wanted), _BATCH),
-        _distance(engine, few, 1),
-        {text: _distance(engine, sample, _BATCH, f", {text}") for text, sample in (others or {}).items()},
+    few = Sample([tensor[:_NUM_SINGLES] for tensor in held_out], first_rows(wanted, _NUM_SINGLES))
+    batches, singles = _distances(engine, Sample(held_out, wanted), _BATCH), _distances(engine, few, 1)
+    sizes = {text: _distances(engine, sample, _BATCH, f", {text}") for text, sample in (others or {}).items()}
+    each = {
+        name: Parity(batches[name], singles[name], {text: found[name] for text, found in sizes.items()})
+        for name in batches
+    }
+    if len(each) == 1:
+        return next(iter(each.values()))
+    return Parity(_worst(batches), _worst(singles), {text: _worst(found) for text, found in sizes.items()}, each)
+
+
+def _worst(found: Mapping[str, Agreement]) -> Agreement:
+    each = list(found.values())
+    return Agreement(
+        max_abs_error=max(one.max_abs_error for one in each),
+        relative_error=max(one.relative_error for one in each),
+        top1_agreement=each[class_output(list(found))].top1_agreement,
+        num_samples=each[0].num_samples,
     )
 
 
-def _distance(engine: Engine, sample: Sample, batch: int, where: str = "") -> Agreement:
+def _distances(engine: Engine, sample: Sample, batch: int, where: str = "") -> dict[str, Agreement]:
+    wanted, name = named(sample.wanted, "reference"), type(engine).__name__
     inputs = sample.inputs if engine.takes != "numpy" else [tensor.numpy() for tensor in sample.inputs]
     try:
         outputs = _outputs(engine, inputs, batch)
     except Exception as error:  # an engine's library raises anything
         raise ExportSkippedError(
-            f"{type(engine).__name__}: expected a run at batch size {batch}{where}, got: {first_line(error)}. "
-            "Leave the target out."
+            f"{name}: expected a run at batch size {batch}{where}, got: {first_line(error)}. Leave the target out."
         ) from error
-    if outputs is None or outputs.shape != sample.wanted.shape:
+    if len(outputs) != len(wanted):
         raise ExportError(
-            f"{type(engine).__name__}: expected outputs of shape {sample.wanted.shape} at batch size {batch}{where}, "
-            f"got {'another number' if outputs is None else outputs.shape}. Leave the target out."
+            f"{name}: expected {len(wanted)} outputs ({', '.join(wanted)}), got {len(outputs)}. Leave the target out."
         )
-    return agreement(sample.wanted, outputs)
+    for value, found in zip(wanted.values(), outputs):
+        if found.shape != value.shape:
+            raise ExportError(
+                f"{name}: expected outputs of shape {value.shape} at batch size {batch}{where}, got {found.shape}. "
+                "Leave the target out."
+            )
+        if found.dtype != value.dtype:
+            raise ExportSkippedError(
+                f"{name}: expected outputs of dtype {value.dtype}, got {found.dtype}. Leave the target out."
+            )
+    return {key: agreement(value, found) for (key, value), found in zip(wanted.items(), outputs)}
 
 
 def _resized(tensor: Tensor, dimension: int, size: int) -> Tensor:
@@ -162,20 +207,19 @@ def _resized(tensor: Tensor, dimension: int, size: int) -> Tensor:
     return tensor.repeat(repeats).narrow(dimension, 0, size).contiguous()
 
 
-def compare(program: ExportedProgram, wanted: np.ndarray, held_out: Sequence[Tensor]) -> Agreement:
+def compare(program: ExportedProgram, wanted: Outputs, held_out: Sequence[Tensor]) -> Agreement:
     """Run a program as it is and compare: what an engine adds is the difference between this and its own distance."""
     module = program.module(check_guards=False)
     with torch.no_grad():
-        outputs = _outputs(lambda batch: [module(*batch)], held_out, _BATCH)
-    assert outputs is not None
-    return agreement(wanted, outputs)
+        outputs = _outputs(lambda batch: list(named(module(*batch), "program").values()), held_out, _BATCH)
+    each = zip(named(wanted, "reference").items(), outputs)
+    return _worst({name: agreement(value, found) for (name, value), found in each})
 
 
-def _outputs(run: Callable[[list[Any]], Sequence[Any]], inputs: Sequence[Any], batch: int) -> np.ndarray | None:
-    parts = []
-    for start in range(0, len(inputs[0]), batch):
-        outputs = run([value[start : start + batch] for value in inputs])
-        if len(outputs) != 1 or not isinstance(outputs[0], np.ndarray | Tensor):
-            return None
-        parts.append(np.asarray(outputs[0]))
-    return np.concatenate(parts)
+def _outputs(run: Callable[[list[Any]], Sequence[Any]], inputs: Sequence[Any], batch: int) -> list[np.ndarray]:
+    """Return the outputs of a run in batches, shape (N, ...) each."""
+    parts = [
+        [np.asarray(value) for value in run([value[start : start + batch] for value in inputs])]
+        for start in range(0, len(inputs[0]), batch)
+    ]
+    return [np.concatenate(each) for each in zip(*parts, strict=True)]

@@ -2,74 +2,114 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from compress.errors import ArtifactError
-from compress.runtime.manifest import TensorSpec
+from compress.runtime.manifest import Manifest
+from compress.runtime.outputs import call, kind_of
 from compress.runtime.sizes import described
 
 if TYPE_CHECKING:
     from compress.runtime.engines import Engine
 
-__all__ = ["check_buffer", "fill"]
+__all__ = ["check_buffers", "fill"]
 
 
-def check_buffer(out: Any, spec: TensorSpec, num: int) -> None:
-    """Make sure that a buffer takes the output of a batch.
+def check_buffers(out: Any, manifest: Manifest, kind: str, num: int) -> list[Any]:
+    """Return buffers in the order of the outputs once each takes its output of a batch.
 
     Args:
-        out: Array or tensor.
-        spec: Of the output.
+        out: Array or tensor; of an artefact whose outputs come in a tuple or dict, one of them for each, in a tuple,
+            list or mapping.
+        manifest: Of the artefact.
+        kind: What the inputs are, ``"numpy"`` or ``"torch"``.
         num: Samples in the batch.
 
     Raises:
-        ArtifactError: when shape or dtype is not the output's, or it cannot be written.
+        ArtifactError: when number, names, kind, shape or dtype is not the outputs', or one cannot be written.
     """
-    shape, dtype = tuple(out.shape), str(out.dtype).removeprefix("torch.")
-    fits = len(shape) == len(spec.shape) and all(wanted in (None, size) for wanted, size in zip(spec.shape, shape))
-    if not fits or shape[0] != num:
-        raise ArtifactError(
-            f"out: expected shape {described(spec)} with N = {num}, got {shape}. Make one of that shape."
-        )
-    if dtype != spec.dtype:
-        raise ArtifactError(f"out: expected dtype {spec.dtype}, got {dtype}. Make one of that dtype.")
-    if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ArtifactError("out: expected memory that can be written, got an array that is read-only. Make a new one.")
+    buffers = [out] if manifest.structure is None else _in_order(out, manifest)
+    for place, buffer in enumerate(buffers):
+        _check(buffer, manifest, place, kind, num)
+    return buffers
 
 
-def fill(
-    engine: Engine,
-    inputs: Sequence[Any],
-    out: Any,
-    spec: TensorSpec,
-    call: Callable[[Engine, Sequence[Any]], Any],
-) -> None:
-    """Run a batch into a buffer: the engine writes there where it can, else its output is copied.
+def fill(engine: Engine, inputs: Sequence[Any], buffers: Sequence[Any], manifest: Manifest) -> None:
+    """Run a batch into buffers: the engine writes there where it can, else its outputs are copied.
 
     Args:
         engine: What runs it.
         inputs: Arrays or tensors, one of the artefact's inputs each.
-        out: Array or tensor of the inputs' kind that ``check_buffer`` has seen.
-        spec: Of the output.
-        call: Runs the batch, whatever the engine takes.
+        buffers: Arrays or tensors of the inputs' kind that ``check_buffers`` has seen.
+        manifest: Of the artefact.
 
     Raises:
-        ArtifactError: when a size of the buffer that varies is not the output's.
+        ArtifactError: when a size of a buffer that varies is not the output's.
     """
     into = getattr(engine, "into", None)
-    memory = [_memory(value) for value in (*inputs, out)]
-    if into is not None and None not in spec.shape[1:] and all(array is not None for array in memory):
-        into(memory[:-1], memory[-1:])
+    memory = [_memory(value) for value in (*inputs, *buffers)]
+    varying = [spec for spec in manifest.outputs if None in spec.shape[1:]]
+    if into is not None and not varying and all(array is not None for array in memory):
+        into(memory[: len(inputs)], memory[len(inputs) :])
         return
-    found = call(engine, inputs)
-    if found.shape != out.shape:
+    for place, (found, buffer) in enumerate(zip(call(engine, inputs), buffers)):
+        if found.shape != buffer.shape:
+            raise ArtifactError(
+                f"{_where(manifest, place)}: expected shape {tuple(found.shape)}, got {tuple(buffer.shape)}. Make one "
+                "of that shape."
+            )
+        buffer[...] = found
+
+
+def _in_order(out: Any, manifest: Manifest) -> list[Any]:
+    names = [spec.name for spec in manifest.outputs]
+    if isinstance(out, Mapping):
+        if set(out) != set(names):
+            raise ArtifactError(
+                f"out: expected {', '.join(names)}, got {', '.join(map(str, out)) or 'none'}. Give one for each output."
+            )
+        return [out[name] for name in names]
+    if not isinstance(out, tuple | list) or len(out) != len(names):
+        got = len(out) if isinstance(out, tuple | list) else type(out).__name__
         raise ArtifactError(
-            f"out: expected shape {tuple(found.shape)}, got {tuple(out.shape)}. Make one of that shape."
+            f"out: expected {len(names)} buffers ({', '.join(names)}) in a tuple, list or mapping, got {got}. "
+            "Give one for each output."
         )
-    out[...] = found
+    return list(out)
+
+
+def _check(buffer: Any, manifest: Manifest, place: int, kind: str, num: int) -> None:
+    if kind_of(buffer) != kind:
+        raise ArtifactError(
+            f"{_where(manifest, place)}: expected what the inputs are, got {kind_of(buffer)}. Give an array for arrays."
+        )
+    spec = manifest.outputs[place]
+    shape, dtype = tuple(buffer.shape), str(buffer.dtype).removeprefix("torch.")
+    fits = len(shape) == len(spec.shape) and all(wanted in (None, size) for wanted, size in zip(spec.shape, shape))
+    if not fits or shape[0] != num:
+        raise ArtifactError(
+            f"{_where(manifest, place)}: expected shape {described(spec)} with N = {num}, got {shape}. Make one of "
+            "that shape."
+        )
+    if dtype != spec.dtype:
+        raise ArtifactError(
+            f"{_where(manifest, place)}: expected dtype {spec.dtype}, got {dtype}. Make one of that dtype."
+        )
+    if isinstance(buffer, np.ndarray) and not buffer.flags.writeable:
+        raise ArtifactError(
+            f"{_where(manifest, place)}: expected memory that can be written, got an array that is read-only. Make a "
+            "new one."
+        )
+
+
+def _where(manifest: Manifest, place: int) -> str:
+    """Return how a caller reaches a buffer, for messages."""
+    if manifest.structure is None:
+        return "out"
+    return f"out[{manifest.outputs[place].name!r}]" if manifest.structure == "dict" else f"out[{place}]"
 
 
 def _memory(value: Any) -> np.ndarray | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from compress.errors import ArtifactError
 from compress.runtime.manifest import Manifest
 from compress.runtime.sizes import described
+from compress.runtime.values import class_output
 
-__all__ = ["check_classes"]
+__all__ = ["check_classes", "scores"]
 
 _NOT_ONE_OF_SEVERAL = ("multilabel", "regression")  # tasks, whose outputs have such a shape, too
 
@@ -18,12 +21,34 @@ def check_classes(manifest: Manifest) -> None:
         manifest: Of the artefact.
 
     Raises:
-        ArtifactError: when its output is not of shape (N, classes), or the task another.
+        ArtifactError: when its output, of several the one called ``logits``, else the first, is not of shape
+            (N, classes), or the task another.
     """
-    output, task = manifest.outputs[0], manifest.task
+    output, task = manifest.outputs[_place(manifest)], manifest.task
     if len(output.shape) != 2 or (output.shape[1] or 0) < 2 or task in _NOT_ONE_OF_SEVERAL:
+        which = "" if manifest.structure is None else f" of {output.name!r}"
         raise ArtifactError(
             f"{manifest.name}: expected an output of shape (N, classes) to predict a label of each sample, got "
-            f"{described(output)} for the task {task!r}. Call the model itself, compress.load(ARTIFACT)(inputs), for "
-            "its outputs as they are."
+            f"{described(output)}{which} for the task {task!r}. Call the model itself, "
+            "compress.load(ARTIFACT)(inputs), for its outputs as they are."
         )
+
+
+def scores(outputs: Any, manifest: Manifest) -> Any:
+    """Return the scores of classes among a model's outputs.
+
+    Args:
+        outputs: As a call gives them: an array, or a tuple or dict of such.
+        manifest: Of the artefact.
+
+    Returns:
+        Of several the one called ``logits``, else the first, shape (N, classes).
+    """
+    if manifest.structure is None:
+        return outputs
+    place = _place(manifest)
+    return outputs[manifest.outputs[place].name if manifest.structure == "dict" else place]
+
+
+def _place(manifest: Manifest) -> int:
+    return class_output([spec.name for spec in manifest.outputs])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(size or typical.get(dimension, _ANY) for dimension, size in enumerate(spec.shape[1:], 1))
 
 
-def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], object]:
+def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], Sequence[Any]]:
     """Return a call that runs an engine on a batch of random inputs, of their typical sizes."""
     generator = np.random.default_rng(0)
     inputs: list[Any] = []

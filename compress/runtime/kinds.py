@@ -16,6 +16,7 @@ _CONTENT: _Kinds = {
     **dict.fromkeys(("targets", "metrics", "versions", "skipped"), dict),
 }
 _MORE_CONTENT: _Kinds = {
+    "structure": str | None,
     "labels": list | None,
     "preprocessing": dict | None,
     "scheme": str | None,

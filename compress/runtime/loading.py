@@ -27,6 +27,7 @@ from compress.runtime.engines import (
 from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text
 from compress.runtime.model import CompactModel
+from compress.runtime.outputs import check_number
 from compress.runtime.requirements import why_not
 from compress.runtime.text import Encode, make_encoder
 from compress.runtime.trust import Signed, read_signed
@@ -80,7 +81,8 @@ def load(
         # Asked for later, it has to be the file that was loaded still.
         file = checked.pop(target, None) or check_file(directory, manifest.targets[target])
         engine = make_engine(name, file, num_threads=threads)
-        example_call(engine, manifest, 1)()  # an engine may take a file and not run it, and the first call is slow
+        # An engine may take a file and not run it, and the first call is slow.
+        check_number(example_call(engine, manifest, 1)(), manifest, name)
         return engine
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.runtime.kinds import check_content, check_kinds, check_target
-from compress.runtime.values import check_labels, check_scaling
+from compress.runtime.values import check_labels, check_scaling, check_structure, class_output
 
 __all__ = [
     "FORMAT_VERSION",
@@ -25,6 +25,7 @@ __all__ = [
     "check_files",
     "check_text",
     "manifest_bytes",
+    "manifest_text",
     "parse_manifest",
     "preprocesses_text",
     "read_manifest",
@@ -57,7 +58,7 @@ class TensorSpec:
     """An input or output.
 
     Args:
-        name: In the engine files.
+        name: Of an input, as in the engine files; of an output, as the network calls it, else ``output_0`` and so on.
         dtype: As numpy names it.
         shape: Sizes; ``None`` where any size goes, as in the batch dimension.
         ranges: Which sizes go, by dimension, where not any does.
@@ -105,6 +106,8 @@ class Manifest:
         inputs: Its inputs, in order.
         outputs: Its outputs, in order.
         targets: Files by engine.
+        structure: How a call gives the outputs: in a ``"tuple"``, in a ``"dict"`` by their names, or ``None`` for the
+            only one by itself.
         labels: Names of the classes.
         preprocessing: How raw values become inputs: ``scale, mean, std`` for ``(raw * scale - mean) / std``; or, for
             texts, ``tokenizer`` (one of ``files``), ``length`` in tokens, ``padding`` (``token, id, type_id, side``),
@@ -131,6 +134,7 @@ class Manifest:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     targets: Mapping[str, Target]
+    structure: str | None = None
     labels: list[str] | None = None
     preprocessing: Mapping[str, Any] | None = None
     scheme: str | None = None
@@ -157,6 +161,14 @@ def read_manifest(path: str | Path) -> Manifest:
         ArtifactError: when there is none, or it is damaged or of a later format.
     """
     return parse_manifest(manifest_bytes(path), path)
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """Return a manifest as it is written; what one without a structure says is what it has always been."""
+    content = asdict(manifest)
+    if manifest.structure is None:
+        del content["structure"]
+    return json.dumps(content, indent=1)
 
 
 def manifest_bytes(path: str | Path) -> bytes:
@@ -277,7 +289,9 @@ def _parse(content: dict[str, Any]) -> Manifest:
     outputs = tuple(_spec(entry) for entry in content["outputs"])
     if not inputs or not outputs:
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs")
-    check_labels(content.get("labels"), outputs[0].shape)
+    names = [spec.name for spec in outputs]
+    check_structure(content.get("structure"), names)
+    check_labels(content.get("labels"), outputs[class_output(names)].shape)
     steps = content.get("preprocessing") or {}
     if preprocesses_text(steps):
         check_text(steps, inputs, content.get("files", {}))

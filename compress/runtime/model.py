@@ -10,12 +10,13 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
-from compress.runtime.buffers import check_buffer, fill
-from compress.runtime.classes import check_classes
+from compress.runtime.buffers import check_buffers, fill
+from compress.runtime.classes import check_classes, scores
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
 from compress.runtime.inputs import in_order, raw_inputs
 from compress.runtime.manifest import Manifest
+from compress.runtime.outputs import arranger, call, join, kind_of
 from compress.runtime.sizes import described, wrong_size
 from compress.runtime.text import Encode
 
@@ -28,7 +29,8 @@ _MOST_FORMS = 1024  # kinds, shapes and dtypes that are known to fit: looking cl
 class CompactModel:
     """A compact network behind one call, whatever engine runs it.
 
-    Made by ``compress.load``. Call it with tensors or arrays of shape (N, ...): the outputs are of the same kind.
+    Made by ``compress.load``. Call it with tensors or arrays of shape (N, ...): the outputs are of the same kind, in a
+    tuple or dict where the network gave them so.
 
     Args:
         manifest: What the artefact says of itself.
@@ -66,6 +68,7 @@ class CompactModel:
         self._make = make
         self._runs = dict(runs)
         self._pick = picker(serves)
+        self._arrange = arranger(manifest.structure, [spec.name for spec in manifest.outputs])
         self._checked: set[tuple[object, ...]] = set()
         self.engine = self._pick(1)
 
@@ -77,10 +80,12 @@ class CompactModel:
                 list, or by the manifest's names in one mapping.
             out: Array or tensor, as the inputs, of the output's shape and dtype, that is written to and returned:
                 ``onnxruntime`` and ``openvino`` compute into it, the output of others is copied. Of large outputs,
-                memory that is used again saves what it takes to get new one.
+                memory that is used again saves what it takes to get new one. Of a tuple or dict of outputs, one for
+                each, in a tuple, list or mapping.
 
         Returns:
-            The output, shape (N, ...): a tensor for tensors, on their device; an array for arrays.
+            The output, shape (N, ...): a tensor for tensors, on their device; an array for arrays. Where the network
+            gives several, a tuple of such, or a dict by the manifest's names, as ``manifest.structure`` says.
 
         Raises:
             ArtifactError: when number, names, shape or dtype of inputs or buffer is not what the manifest says.
@@ -92,12 +97,14 @@ class CompactModel:
         if out is not None:
             return self._into(inputs, out, num, largest)
         if num <= largest:
-            return self._serve(inputs, num)
+            return self._arrange(self._serve(inputs, num))
         parts = [[value[i : i + largest] for value in inputs] for i in range(0, num, largest)]
-        return _join([self._serve(part, len(part[0])) for part in parts])
+        return self._arrange(join([self._serve(part, len(part[0])) for part in parts]))
 
     def predict(self, raw: Any) -> tuple[list[str] | list[int], np.ndarray]:
         """Predict labels for raw values, with the manifest's preprocessing, by the largest output of each sample.
+
+        Of several outputs, the one called ``logits`` counts, else the first.
 
         Args:
             raw: Array of shape (N, H, W), (N, C, H, W) or whatever the input has, values as they are stored; a list of
@@ -107,12 +114,13 @@ class CompactModel:
             Labels (class numbers where the manifest has none), and probabilities of shape (N, classes).
 
         Raises:
-            ArtifactError: when the outputs are not of shape (N, classes), the shape of the values does not fit, or the
+            ArtifactError: when that output is not of shape (N, classes), the shape of the values does not fit, or the
                 artefact holds no tokenizer for texts.
             MissingPackageError: when texts are given and ``tokenizers`` is not installed.
         """
         check_classes(self.manifest)
-        logits = np.asarray(self(*raw_inputs(raw, self.manifest, self._encode)), dtype=np.float64)
+        outputs = self(*raw_inputs(raw, self.manifest, self._encode))
+        logits = np.asarray(scores(outputs, self.manifest), dtype=np.float64)
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = exponents / exponents.sum(-1, keepdims=True)
         best = probabilities.argmax(-1)
@@ -181,17 +189,18 @@ class CompactModel:
         scheme = self.manifest.scheme
         return f"CompactModel({self.manifest.name!r}, engine={self.engine!r}, scheme={scheme!r}{several})"
 
-    def _serve(self, inputs: Sequence[Any], num: int) -> Any:
-        return _call(self._runs[self._pick(num)], inputs)
+    def _serve(self, inputs: Sequence[Any], num: int) -> list[Any]:
+        return call(self._runs[self._pick(num)], inputs)
 
     def _into(self, inputs: Sequence[Any], out: Any, num: int, largest: int) -> Any:
-        if _kind(out) != _kind(inputs[0]):
-            raise ArtifactError(f"out: expected what the inputs are, got {_kind(out)}. Give an array for arrays.")
-        spec = self.manifest.outputs[0]
-        check_buffer(out, spec, num)
+        buffers = check_buffers(out, self.manifest, kind_of(inputs[0]), num)
+        if num <= largest:
+            fill(self._runs[self._pick(num)], inputs, buffers, self.manifest)
+            return out
         for i in range(0, num, largest):
             part = [value[i : i + largest] for value in inputs]
-            fill(self._runs[self._pick(len(part[0]))], part, out[i : i + largest], spec, _call)
+            places = [buffer[i : i + largest] for buffer in buffers]
+            fill(self._runs[self._pick(len(part[0]))], part, places, self.manifest)
         return out
 
     def _check(self, inputs: Sequence[Any]) -> None:
@@ -207,7 +216,7 @@ class CompactModel:
         if len(inputs) != len(specs):
             names = ", ".join(spec.name for spec in specs)
             raise ArtifactError(f"inputs: expected {len(specs)} ({names}), got {len(inputs)}. Give one for each.")
-        kinds = {_kind(value) for value in inputs}
+        kinds = {kind_of(value) for value in inputs}
         if kinds not in ({"numpy"}, {"torch"}):
             raise ArtifactError(f"inputs: expected arrays or tensors, got {', '.join(sorted(kinds))}. Convert them.")
         if len({len(value) if value.ndim else 0 for value in inputs}) > 1:
@@ -222,36 +231,3 @@ class CompactModel:
         reason = wrong_size(specs, [value.shape for value in inputs]) if self._varies else None
         if reason:
             raise ArtifactError(reason)
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return "numpy"
-    # Without importing torch: it need not be installed.
-    return "torch" if hasattr(value, "detach") else type(value).__name__
-
-
-def _join(parts: list[Any]) -> Any:
-    if _kind(parts[0]) == "numpy":
-        return np.concatenate(parts)
-    import torch
-
-    return torch.cat(parts)
-
-
-def _call(engine: Engine, inputs: Sequence[Any]) -> Any:
-    given = _kind(inputs[0])
-    if given == "numpy" and engine.takes == "numpy":
-        return engine(inputs)[0]
-    import torch
-
-    if given == "numpy":
-        # torch cannot share memory that is read-only or runs backwards.
-        return engine([torch.from_numpy(np.require(value, requirements=["C", "W"])) for value in inputs])[0].numpy()
-    if engine.takes == "cuda":
-        return engine(inputs)[0]
-    device = inputs[0].device
-    tensors = [value.detach().cpu() for value in inputs]
-    if engine.takes == "torch":
-        return engine(tensors)[0].to(device)
-    return torch.from_numpy(engine([tensor.numpy() for tensor in tensors])[0]).to(device)

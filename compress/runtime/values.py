@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_labels", "check_scaling"]
+__all__ = ["check_labels", "check_scaling", "check_structure", "class_output"]
 
 Shape = Sequence[int | None]
 
@@ -17,7 +17,7 @@ def check_labels(labels: Sequence[Any] | None, shape: Shape) -> None:
 
     Args:
         labels: The manifest's; none for class numbers.
-        shape: Of the output; of two dimensions, the last is that of classes.
+        shape: Of the output with the scores of classes; of two dimensions, the last is that of classes.
 
     Raises:
         ValueError: when there are fewer names than classes.
@@ -31,6 +31,40 @@ def check_labels(labels: Sequence[Any] | None, shape: Shape) -> None:
     classes = shape[-1]
     if labels and len(shape) == 2 and classes is not None and len(labels) < classes:
         raise ValueError(f"{len(labels)} labels for {classes} classes")
+
+
+def class_output(names: Sequence[str]) -> int:
+    """Return the place of the output that holds the scores of classes: the one called ``logits``, else the first.
+
+    Example:
+        >>> class_output(["boxes", "logits"]), class_output(["output_0", "output_1"])
+        (1, 0)
+    """
+    return list(names).index("logits") if "logits" in names else 0
+
+
+def check_structure(structure: str | None, names: Sequence[str]) -> None:
+    """Make sure that outputs can come in a structure.
+
+    Args:
+        structure: ``"tuple"``, ``"dict"``, or ``None`` for one by itself.
+        names: Of the outputs.
+
+    Raises:
+        ValueError: when they cannot.
+
+    Example:
+        >>> check_structure(None, ["logits", "boxes"])
+        Traceback (most recent call last):
+        ...
+        ValueError: 2 outputs (logits, boxes) for one by itself
+    """
+    if structure not in (None, "tuple", "dict"):
+        raise ValueError(f"outputs in the structure {structure!r}, neither tuple nor dict")
+    if structure is None and len(names) != 1:
+        raise ValueError(f"{len(names)} outputs ({', '.join(names)}) for one by itself")
+    if len(set(names)) < len(names):
+        raise ValueError(f"one name for several outputs ({', '.join(names)})")
 
 
 def check_scaling(steps: Mapping[str, Any], shape: Shape) -> None:

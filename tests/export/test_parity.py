@@ -56,11 +56,11 @@ def test_outputs_of_another_shape_are_caught() -> None:
 
 
 def test_reference_outputs_are_those_of_the_module_in_order() -> None:
-    assert np.array_equal(reference_outputs(lambda x: x * 3, [INPUTS]), WANTED)
+    found = reference_outputs(lambda x: x * 3, [INPUTS])
+    assert isinstance(found, np.ndarray)
+    assert np.array_equal(found, WANTED)
 
 
-def test_several_outputs_and_no_inputs_are_refused() -> None:
-    with pytest.raises(ExportError, match="one tensor as output"):
-        reference_outputs(lambda x: (x, x), [INPUTS])
+def test_no_inputs_are_refused() -> None:
     with pytest.raises(ExportError, match="at least one input"):
         reference_outputs(lambda x: x, [INPUTS[:0]])

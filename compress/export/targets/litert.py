@@ -41,9 +41,14 @@ def build(program: ExportedProgram, path: Path) -> Census:
     A product of integers is one only where its result is quantised too; others are computed in floats.
 
     Raises:
-        ExportSkippedError: when the converter does not take the program.
+        ExportSkippedError: when the converter does not take the program, or it has several outputs.
         MissingPackageError: when litert-torch or ai-edge-litert is not installed.
     """
+    if len(program.graph_signature.user_outputs) > 1:
+        raise ExportSkippedError(
+            f"litert: expected one output, since the file has several in an order of its own, got "
+            f"{len(program.graph_signature.user_outputs)}. Leave the target out."
+        )
     try:
         import litert_torch
         from litert_torch.quantize.pt2e_quantizer import PT2EQuantizer, get_symmetric_quantization_config
