@@ -66,17 +66,29 @@ _MAKE = {
 }
 
 
+class Floats(NamedTuple):
+    """A float program, and the module it must agree with."""
+
+    program: ExportedProgram
+    reference: nn.Module
+    inputs: Tensor
+
+
 @cache
-def network(kind: str, scheme: str = "int8_portable") -> Network:
-    """Return a network of a kind with random weights."""
+def floats(kind: str) -> Floats:
+    """Return a network of a kind with random weights, not quantised."""
     torch.manual_seed(0)
     make, shape = _MAKE[kind]
     reference = make().eval()
     inputs = torch.randn(65, *shape)
-    example = (inputs[:2],)
-    prepared = prepare(reference, example, scheme)
+    return Floats(export_program(reference, (inputs[:2],)), reference, inputs)
+
+
+@cache
+def network(kind: str, scheme: str = "int8_portable") -> Network:
+    """Return a network of a kind with random weights, and its int8 twin."""
+    program, reference, inputs = floats(kind)
+    prepared = prepare(reference, (inputs[:2],), scheme)
     calibrate(prepared, [(inputs,)])
     prepared.eval()
-    return Network(
-        export_program(reference, example), reference, export_program(convert(prepared), example), prepared, inputs
-    )
+    return Network(program, reference, export_program(convert(prepared), (inputs[:2],)), prepared, inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ from torch.nn import functional as F
 from compress.data import Tokenizer
 from compress.export import TARGETS, Gates, export_artifact
 from compress.measure.machine import has_vnni
-from compress.quantize import convert, prepare
+from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import device_of, missing_package
 from compress.runtime.trust import sign
 from compress.surgery.capture import export_program
@@ -83,15 +85,45 @@ def quantized() -> Trained:
     return Trained(export_program(convert(prepared.eval()), [inputs[:2]]), prepared, inputs)
 
 
+class Tiny(nn.Module):
+    """What is quickly built and loaded, for tests that are about files and errors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.flatten(1))
+
+
+@cache
+def tiny() -> Trained:
+    """Return an int8 network of a single product, which takes what ``quantized`` takes."""
+    torch.manual_seed(0)
+    inputs = images(150, seed=2)[0]
+    prepared = prepare(Tiny().eval(), [inputs[:2]], "int8")
+    calibrate(prepared, [(inputs,)])
+    return Trained(export_program(convert(prepared.eval()), [inputs[:2]]), prepared, inputs)
+
+
 @cache
 def artifact() -> Path:
-    """Export the quantised network for every engine that is installed; do not change the files."""
-    folder = Path(tempfile.mkdtemp(prefix="artifact"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    """Export the quantised network for every engine that is installed; do not change the files.
+
+    The processes of one run share it.
+    """
+    folder = Path(os.environ["COMPRESS_TESTS"])
+    with FileLock(folder / "artifact.lock"):
+        if not (folder / "artifact" / "small").exists():
+            _export(folder / "artifact" / "small")
+    return folder / "artifact" / "small"
+
+
+def _export(path: Path) -> None:
     trained = quantized()
     export_artifact(
         trained.program,
-        folder / "small",
+        path,
         targets=HERE,
         reference=trained.reference,
         held_out=[trained.inputs],
@@ -106,7 +138,6 @@ def artifact() -> Path:
             "history": [{"kind": "quantize"}],
         },
     )
-    return folder / "small"
 
 
 class Reviewer(nn.Module):

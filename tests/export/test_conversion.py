@@ -19,26 +19,31 @@ from compress.export import Gates, conversion, convert, export_artifact
 from compress.export.targets import ExportSkippedError, onnxruntime, openvino
 from compress.runtime import load, read_manifest
 from compress.runtime.trust import SIGNATURE, is_ours
-from tests.export.networks import network
-from tests.export.programs import HERE, edit, floating, quantized
+from compress.surgery.capture import export_program
+from tests.export.networks import floats
+from tests.export.programs import HERE, Trained, edit, floating, quantized, tiny
 
 COMPILED = [name for name in HERE if name in ("aoti", "onnxruntime", "openvino")]
 
 
-@pytest.fixture(scope="module")
-def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artefact of an int8 network with the portable program alone; do not change the files."""
-    trained = quantized()
-    path = tmp_path_factory.mktemp("portable") / "small"
+def export(made: Trained, path: Path) -> None:
+    """Write an artefact of an int8 network with the portable program alone."""
     export_artifact(
-        trained.program,
+        made.program,
         path,
         targets=["eager"],
-        reference=trained.reference,
-        held_out=[trained.inputs],
+        reference=made.reference,
+        held_out=[made.inputs],
         scheme="int8",
         gates=Gates(min_top1_agreement=0.9, min_int8_fraction=0),
     )
+
+
+@pytest.fixture(scope="module")
+def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact that is copied; do not change the files."""
+    path = tmp_path_factory.mktemp("portable") / "tiny"
+    export(tiny(), path)
     return path
 
 
@@ -70,7 +75,9 @@ def content(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.rglob("*")}
 
 
-def test_what_is_added_is_what_the_export_would_have_built(copy: Path) -> None:
+def test_what_is_added_is_what_the_export_would_have_built(tmp_path: Path) -> None:
+    copy = tmp_path / "small"
+    export(quantized(), copy)
     before = content(copy)
     manifest = convert(copy, [*COMPILED, *COMPILED])
     assert manifest == read_manifest(copy)
@@ -94,7 +101,7 @@ def test_what_is_added_is_what_the_export_would_have_built(copy: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["transformer", "lstm"])
 def test_networks_of_floats(kind: str, tmp_path: Path) -> None:
-    made = network(kind)
+    made = floats(kind)
     export_artifact(made.program, tmp_path / "a", targets=["eager"], reference=made.reference, held_out=[made.inputs])
     manifest = convert(tmp_path / "a", ["onnxruntime"], seed=3)
     assert manifest.targets["onnxruntime"].agreement["inputs"] == "random, seed 3"
@@ -117,8 +124,6 @@ class Tokens(torch.nn.Module):
 
 
 def test_random_tokens_are_rows_of_the_embedding_and_masks_are_never_empty(tmp_path: Path) -> None:
-    from compress.surgery.capture import export_program
-
     reference = Tokens().eval()
     inputs = [torch.randint(11, (20, 5)), torch.ones(20, 5, dtype=torch.int64)]
     program = export_program(reference, [value[:2] for value in inputs])
@@ -232,7 +237,7 @@ def test_the_artefact_loads_wherever_the_process_ends(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Look before each move: of a target that is added, one that is replaced, and one that is put back."""
-    x = quantized().inputs[:4]
+    x = tiny().inputs[:4]
     wanted = load(copy, engine="eager")(x)
     found: list[Path] = []
     move = conversion.os.replace
@@ -255,6 +260,21 @@ def test_the_artefact_loads_wherever_the_process_ends(
         for name in read_manifest(path).targets:
             outputs = load(path, engine=name)(x)
             assert float((outputs - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_what_an_ended_process_left_is_removed_and_what_another_builds_is_not(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, building = copy / ".new.left", copy / ".new.building"
+    for folder in (left, building):
+        folder.mkdir()
+        (folder / "half").write_text("half")
+    monkeypatch.setattr(conversion, "_build_all", lambda *_, **__: (_ for _ in ()).throw(ExportError("as it was")))
+    with lock_of(building), pytest.raises(ExportError, match="as it was"):
+        convert(copy, ["onnxruntime"])
+    assert not left.exists()
+    assert [path.name for path in building.iterdir()] == ["half"]
+    assert [path for path in copy.glob(".new.*") if path != building] == []
 
 
 @contextmanager

@@ -32,6 +32,12 @@ from tests.export.networks import Transformer
 
 HERE = [name for name in ENGINES if name in WITH_LENGTHS and missing_package(name) is None]
 LENGTH = Length(1, 2, 24)
+ENGINES_OF = {
+    "lstm": [name for name in HERE if name != "aoti"],
+    "transformer": HERE,
+    "compiled lstm": HERE,
+}
+KINDS = ["lstm", "transformer", pytest.param("compiled lstm", marks=pytest.mark.slow)]
 
 
 class Masked(nn.Module):
@@ -67,7 +73,7 @@ def _tokens(num: int, length: int) -> list[Tensor]:
 @cache
 def made(kind: str) -> Made:
     torch.manual_seed(0)
-    if kind == "lstm":
+    if kind != "transformer":
         return Made(LSTMClassifier(3, 5, 8, 2).eval(), lambda num, length: [torch.randn(num, length, 3)])
     return Made(Masked().eval(), _tokens)
 
@@ -79,11 +85,11 @@ def artifact(kind: str) -> Path:
     network, inputs = made(kind)
     held_out = inputs(20, 9)
     program = export_program(network, [value[:2] for value in held_out], lengths=[LENGTH])
-    export_artifact(program, folder / "artifact", targets=HERE, reference=network, held_out=held_out)
+    export_artifact(program, folder / "artifact", targets=ENGINES_OF[kind], reference=network, held_out=held_out)
     return folder / "artifact"
 
 
-@pytest.fixture(params=["lstm", "transformer"])
+@pytest.fixture(params=KINDS)
 def served(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return request.param, artifact(request.param)
 
@@ -101,14 +107,22 @@ def test_the_manifest_says_the_range_and_where_parity_was_checked(served: tuple[
         assert spec.ranges == {1: Range("size1", 2, 24, 9)}
     assert sum(product["macs"] for product in manifest.products) == manifest.cleanup["after"]["macs"]
     assert manifest.cleanup["before"]["macs"] == macs(network, [value[:1] for value in inputs(2, 9)])
-    assert list(manifest.targets) == HERE
+    assert list(manifest.targets) == ENGINES_OF[served[0]]
     for target in manifest.targets.values():
         errors = target.agreement["relative_error_at"]
         assert list(errors) == ["2 in dimension 1", "24 in dimension 1"]
         assert max(errors.values()) < 1e-4
 
 
-@pytest.mark.parametrize("engine", HERE)
+@pytest.mark.parametrize(
+    ("served", "engine"),
+    [
+        pytest.param(kind, engine, marks=[pytest.mark.slow] if kind == "compiled lstm" else [])
+        for kind, engines in ENGINES_OF.items()
+        for engine in engines
+    ],
+    indirect=["served"],
+)
 def test_every_engine_serves_every_length(served: tuple[str, Path], engine: str) -> None:
     network, inputs = made(served[0])
     model = load(served[1], engine=engine)
@@ -139,7 +153,16 @@ def test_other_lengths_are_an_error_that_names_them(served: tuple[str, Path], le
         load(path, engine="onnxruntime")(*made(kind).inputs(2, length))
 
 
-@pytest.mark.parametrize("length", [None, 13])
+@pytest.mark.parametrize(
+    ("served", "length"),
+    [
+        ("lstm", None),
+        ("transformer", 13),
+        pytest.param("lstm", 13, marks=pytest.mark.slow),
+        pytest.param("transformer", None, marks=pytest.mark.slow),
+    ],
+    indirect=["served"],
+)
 def test_a_target_is_added_with_the_same_lengths(served: tuple[str, Path], length: int | None) -> None:
     kind, path = served
     before = read_manifest(path)

@@ -61,10 +61,14 @@ class Repeated(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("exact", ["0", "1"])
 @pytest.mark.parametrize(
-    ("layer", "shape", "kernel"),
-    [(nn.Linear(8, 8), (4, 8), "QGemm"), (nn.Linear(8, 8), (4, 5, 8), "MatMulIntegerToFloat")],
+    ("layer", "shape", "kernel", "exact"),
+    [
+        (nn.Linear(8, 8), (4, 8), "QGemm", "0"),
+        (nn.Linear(8, 8), (4, 5, 8), "MatMulIntegerToFloat", "1"),
+        pytest.param(nn.Linear(8, 8), (4, 8), "QGemm", "1", marks=pytest.mark.slow),
+        pytest.param(nn.Linear(8, 8), (4, 5, 8), "MatMulIntegerToFloat", "0", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_that_share_a_weight_are_in_integers_and_load(
     layer: nn.Module, shape: tuple[int, ...], kernel: str, exact: str, tmp_path: Path

@@ -48,7 +48,7 @@ def test_a_convolutional_program_stays_close(dtype: torch.dtype) -> None:
     assert 0 < float((found - wanted).norm() / wanted.norm()) < 10 * torch.finfo(dtype).eps
 
 
-@BOTH
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_masked_attention_and_recurrence_stay_close(dtype: torch.dtype) -> None:
     network, inputs = sentences()
     program, _ = clean_up(export_program(network, inputs))

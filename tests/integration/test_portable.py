@@ -28,6 +28,7 @@ from tests.networks import images
 NUM = 400
 ENGINES = ("eager", "aoti", "onnxruntime", "openvino", "executorch")
 KINDS = ("cnn", "transformer")
+FAST = {"cnn": ENGINES, "transformer": tuple(engine for engine in ENGINES if engine != "aoti")}
 PRODUCTS = {"cnn": 7, "transformer": 5}
 
 
@@ -52,7 +53,7 @@ _MAKE = {"cnn": (Small, images), "transformer": (Transformer, sequences)}
 
 
 @cache
-def answers(kind: str) -> dict[str, Tensor]:
+def answers(kind: str, engines: tuple[str, ...]) -> dict[str, Tensor]:
     """Train a network of a kind once, for int8; return the logits of each engine that runs here, shape (NUM, classes).
 
     The trained network's own are among them, under ``trained``.
@@ -67,17 +68,17 @@ def answers(kind: str) -> dict[str, Tensor]:
     prepared.eval()
     folder = Path(tempfile.mkdtemp(prefix="portable"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    engines = [engine for engine in ENGINES if why_not(engine) is None]
+    here = [engine for engine in engines if why_not(engine) is None]
     export_artifact(
         export_program(convert(prepared), [inputs[:2]]),
         folder / kind,
-        targets=engines,
+        targets=here,
         reference=prepared,
         held_out=[inputs],
         scheme="int8_portable",
         gates=Gates(min_top1_agreement=0.99, min_int8_fraction=0.8),
     )
-    found = {engine: load(folder / kind, engine=engine)(inputs) for engine in engines}
+    found = {engine: load(folder / kind, engine=engine)(inputs) for engine in here}
     for engine, counted in census(folder / kind).items():
         assert counted.int8_kernels == PRODUCTS[kind], (engine, counted)
     with torch.no_grad():
@@ -97,12 +98,18 @@ def fit(network: nn.Module, inputs: Tensor, labels: Tensor, *, steps: int, learn
             optimizer.step()
 
 
-@pytest.mark.parametrize(("one", "other"), combinations(["trained", *ENGINES], 2))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "one", "other"),
+    [
+        pytest.param(kind, *pair, marks=[pytest.mark.slow] if set(pair) - {"trained", *FAST[kind]} else [])
+        for kind in KINDS
+        for pair in combinations(["trained", *ENGINES], 2)
+    ],
+)
 def test_any_two_engines_agree(kind: str, one: str, other: str) -> None:
     for engine in {one, other} - {"trained"}:
         if reason := why_not(engine):
             pytest.skip(reason)
-    found = answers(kind)
+    found = answers(kind, FAST[kind] if {one, other} <= {"trained", *FAST[kind]} else ENGINES)
     agreed = int((found[one].argmax(-1) == found[other].argmax(-1)).sum())
     assert agreed >= 0.99 * NUM

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from torch import nn
 
 from compress.measure.memory import peak_memory, peak_memory_of
-from tests.networks import Residual
 
 MEGA = 2**20
 
@@ -28,8 +28,13 @@ def test_memory_is_what_was_touched_at_the_peak(tmp_path: Path, monkeypatch: pyt
     assert ballast.size
 
 
-def test_a_larger_network_takes_more() -> None:
-    small = peak_memory_of(Residual(), [torch.randn(1, 1, 8, 8)])
+def test_a_larger_network_takes_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "network_beside_bytes.py").write_text(
+        f"from torch import nn\n\nKEPT = bytearray(b'x' * {100 * MEGA})\n\n\nclass Small(nn.Linear):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    # What its module takes that is imported for it does not count.
+    small = peak_memory_of(importlib.import_module("network_beside_bytes").Small(8, 8), [torch.randn(1, 8)])
     large = peak_memory_of(nn.Linear(4096, 4096), [torch.randn(1, 4096)])
     assert small is not None
     assert large is not None

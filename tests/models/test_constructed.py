@@ -21,38 +21,15 @@ from compress.pipeline.rundir import HANDLERS
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
 from compress.surgery import Captured, capture, history_of, load_snapshot, save_snapshot
+from tests.models.library import Library
 from tests.networks import Residual, images, loader, trainer
 
 HERE = "tests.models.test_constructed"
-
-
-class Answer:
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
-
-
-class Library(nn.Module):
-    """As a network of another library: a root with its own parameter and buffer, and an answer that is an object."""
-
-    scale: Tensor
-
-    def __init__(self, width: int = 4, *, classes: int = 3) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(2, width), nn.Dropout(0.5))
-        self.head = nn.Linear(width, classes)
-        self.bias = nn.Parameter(torch.randn(classes))
-        self.register_buffer("scale", torch.ones(()))
-
-    def forward(self, x: Tensor) -> Answer:
-        return Answer(self.head(self.body(x)) * self.scale + self.bias)
-
-
-def build(width: int, **arguments: int) -> Library:
-    return Library(width, **arguments)
+LIBRARY = "tests.models.library"
 
 
 def test_it_is_the_network_in_all_but_name() -> None:
-    made = Constructed(f"{HERE}.build", {"*": [6], "classes": 5}, output="logits")
+    made = Constructed(f"{LIBRARY}.build", {"*": [6], "classes": 5}, output="logits")
     plain = Library(6, classes=5)
     assert list(made.state_dict()) == list(plain.state_dict())
     made.load_state_dict(plain.state_dict())
@@ -63,7 +40,7 @@ def test_it_is_the_network_in_all_but_name() -> None:
 
 
 def test_modes_copies_and_moves_reach_the_network() -> None:
-    made = Constructed(f"{HERE}.Library", output="logits")
+    made = Constructed(f"{LIBRARY}.Library", output="logits")
     x = torch.randn(64, 2)
     assert not torch.equal(made.train()(x), made(x))
     assert torch.equal(made.eval()(x), made(x))
@@ -110,7 +87,7 @@ def test_the_name_that_older_recipes_use_still_means_it() -> None:
 
 
 def test_copies_and_other_processes_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Constructed(f"{HERE}.Library", output="logits").eval()
+    made = Constructed(f"{LIBRARY}.Library", output="logits").eval()
     x = torch.randn(3, 2)
     for twin in (copy.deepcopy(made), pickle.loads(pickle.dumps(made))):
         assert type(twin) is type(made)
@@ -205,16 +182,16 @@ def test_a_network_that_is_made_in_evaluation_can_be_trained() -> None:
 
 def test_arguments_that_describe_calls_are_made_first() -> None:
     made: Any = Constructed(
-        f"{HERE}.build", {"width": {"constructor": "builtins.max", "arguments": {"*": [[3, 6]]}}, "classes": 2}
+        f"{LIBRARY}.build", {"width": {"constructor": "builtins.max", "arguments": {"*": [[3, 6]]}}, "classes": 2}
     )
     assert made.body[0].weight.shape == (6, 2)
     with pytest.raises(RecipeError, match=r"expected arguments of torch.device, got RuntimeError"):
-        Constructed(f"{HERE}.build", {"width": {"constructor": "torch.device", "arguments": {"*": ["nowhere"]}}})
+        Constructed(f"{LIBRARY}.build", {"width": {"constructor": "torch.device", "arguments": {"*": ["nowhere"]}}})
 
 
 def test_layers_are_replaced_by_name() -> None:
     made: Any = Constructed(
-        f"{HERE}.Library",
+        f"{LIBRARY}.Library",
         output="logits",
         replace={
             "body.0": {"constructor": "torch.nn.Linear", "arguments": {"in_features": 5, "out_features": 4}},
@@ -224,9 +201,9 @@ def test_layers_are_replaced_by_name() -> None:
     assert made(torch.ones(2, 5)).shape == (2, 3)
     assert torch.equal(made(torch.ones(2, 5)), made(torch.ones(2, 5)))  # no dropout
     with pytest.raises(RecipeError, match=r"names of layers of Library, got 'stem'. They are: body, body.0, body.1"):
-        Constructed(f"{HERE}.Library", replace={"stem": {"constructor": "torch.nn.Identity"}})
+        Constructed(f"{LIBRARY}.Library", replace={"stem": {"constructor": "torch.nn.Identity"}})
     with pytest.raises(RecipeError, match=r"expected a layer as .* for head, got 'torch.nn.Identity'"):
-        Constructed(f"{HERE}.Library", replace={"head": "torch.nn.Identity"})
+        Constructed(f"{LIBRARY}.Library", replace={"head": "torch.nn.Identity"})
 
 
 @pytest.mark.parametrize(

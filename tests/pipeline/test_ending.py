@@ -36,7 +36,7 @@ def start(path: Path, *, average: str | None = None, **quantize: Any) -> RunDire
         name="ending",
         data=Digits(batch_size=256),
         task=Classification(10),
-        student=ResNet(in_channels=1, width=4, blocks=(1, 1), num_classes=10),
+        student=ResNet(in_channels=1, width=4, blocks=(1,), num_classes=10),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-2),
         quantize=QuantizationAwareTraining("int8", **quantize),
         export=Export(targets=["eager"], min_top1_agreement=0.9, min_int8_fraction=0),
@@ -55,15 +55,30 @@ def final(run: RunDirectory) -> dict[str, Tensor]:
     return torch.load(run.snapshot("final"), weights_only=True)["state_dict"]
 
 
+def settings(average: str | None) -> dict[str, Any]:
+    if average:
+        return {"start": 1, "improve": ["equalize", "bias"], "average": average, "ranges": "minmax"}
+    return {"start": 1, "improve": ["equalize", "adaround"], "num_batches": 2}  # adaround takes most of the time
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A finished run that averages weights."""
+    run = start(tmp_path_factory.mktemp("averaged") / "run", **settings("ema"))
+    fit(run)
+    return run
+
+
 @pytest.mark.parametrize("average", [None, "ema", pytest.param("swa", marks=pytest.mark.slow)])
 def test_a_run_that_dies_in_calibration_goes_on_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: str | None
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: str | None, request: pytest.FixtureRequest
 ) -> None:
-    last = "bias" if average else "adaround"  # which takes most of the time
-    settings: dict[str, Any] = {"start": 1, "improve": ["equalize", last], "average": average, "num_batches": 2}
-    whole = start(tmp_path / "whole", **settings)
-    fit(whole)
-    stopped = start(tmp_path / "stopped", **settings)
+    if average == "ema":
+        whole = request.getfixturevalue("averaged")
+    else:
+        whole = start(tmp_path / "whole", **settings(average))
+        fit(whole)
+    stopped = start(tmp_path / "stopped", **settings(average))
     with monkeypatch.context() as patch:
         patch.setattr(callback, "calibrate", die)
         with pytest.raises(MemoryError):
@@ -81,9 +96,8 @@ def die(*_: Any, **__: Any) -> None:
     raise MemoryError
 
 
-def test_what_is_quantised_after_training_is_the_average(tmp_path: Path) -> None:
-    run = start(tmp_path / "run", average="ema", start=1, improve=["equalize", "bias"], ranges="minmax")
-    fit(run)
+def test_what_is_quantised_after_training_is_the_average(averaged: RunDirectory, tmp_path: Path) -> None:
+    run = averaged
     network, _ = run.network("final")
     x = run.held_out[0]
     with torch.no_grad():

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import compress
 from compress.data import SplitDataModule, TensorSplit, TensorSplits, Tokenizer, tensor_datasets
 from compress.data.loader import Tensors
 from compress.distill import Classification, SoftTarget
 from compress.errors import DataError
-from compress.pipeline import create_run, run
+from compress.pipeline import STEPS, create_run
 from compress.quantize import QuantizationAwareTraining
 from compress.recipe import Distill, Export, Recipe, Teacher
 from tests.data.files import write_tokenizer
+from tests.pipeline.reader import Reader
 
 
 class Words(SplitDataModule):
@@ -41,20 +42,6 @@ class Words(SplitDataModule):
         parts = [everything.take(torch.arange(start, start + num)) for start, num in ((0, 96), (96, 32), (128, 32))]
         self.labels = ["without", "with"]
         return tensor_datasets(TensorSplits(parts[0], parts[1], parts[2], self.labels))
-
-
-class Reader(nn.Module):
-    """The largest activation over the words that count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(9, 16)
-        self.hidden = nn.Linear(16, 16)
-        self.fc = nn.Linear(16, 2)
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        x = torch.relu(self.hidden(self.embed(tokens)))
-        return self.fc((x * mask.unsqueeze(2).to(x.dtype)).amax(1))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +70,9 @@ def recipe(data: Words, **changes: Any) -> Recipe:
 def finished(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("two") / "run"
-    run(create_run(recipe(Words(tokenizer, batch_size=16)), path=folder))
+    run = create_run(recipe(Words(tokenizer, batch_size=16)), path=folder)
+    for name, step in STEPS.items():
+        step(run, **({"seconds": 0.05} if name == "bench" else {}))
     return folder
 
 

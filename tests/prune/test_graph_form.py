@@ -158,7 +158,7 @@ def test_a_fit_prunes_twice_and_quantises(whole: Distiller) -> None:
     assert student.get_parameter("stem.weight").shape[0] == 8
 
 
-@pytest.mark.parametrize("stop", [3, 5, 8])
+@pytest.mark.parametrize("stop", [*(pytest.param(stop, marks=pytest.mark.slow) for stop in (3, 5)), 8])
 def test_resuming_is_bit_for_bit(whole: Distiller, stop: int, tmp_path: Path) -> None:
     fit(tmp_path, stop=stop)
     again = fit(tmp_path)

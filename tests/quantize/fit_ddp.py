@@ -3,11 +3,12 @@
 Gradients are accumulated over two batches, and an average of the weights follows. What the words after the folder name:
 ``edits`` prunes, then quantises; for ``learn_steps`` nothing is pruned, and steps are learned under bfloat16; for
 ``after`` nothing is pruned, and the network is quantised after training; for ``fallback`` one that cannot be captured
-is pruned and rounded layer by layer.
+is pruned and rounded layer by layer. Last, ranges are learned from batches of which one rank has one of NaN.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 from collections.abc import Iterable
@@ -20,9 +21,11 @@ from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
 from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
 from compress.prune import StructuredPruning
-from compress.quantize import QuantizationAwareTraining
+from compress.quantize import QuantizationAwareTraining, prepare
+from compress.quantize.ranks import follow_first_rank
 from compress.surgery import history_of
 from tests.networks import Residual, loader, trainer
+from tests.quantize.ranks import SPOILT
 
 
 class Locked(Residual):
@@ -103,6 +106,23 @@ def main(folder: Path, kind: str) -> None:
     )
 
 
+def seen(rank: int, spoilt: int, at: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    network = prepare(layers, [torch.randn(2, 8)], "int8").train()
+    torch.manual_seed(rank)
+    for number in range(4):
+        x = torch.randn(12, 8)
+        if (rank, number) == (spoilt, at):
+            x[3, 3] = math.nan
+        network(x)
+        follow_first_rank(network)
+    return network.state_dict()
+
+
 if __name__ == "__main__":
     for word in sys.argv[2:]:
         main(Path(sys.argv[1], word), word)
+    number = torch.distributed.get_rank()
+    for case, (spoilt, at) in enumerate(SPOILT):
+        torch.save(seen(number, spoilt, at), Path(sys.argv[1], f"spoilt{case}_rank{number}.pt"))

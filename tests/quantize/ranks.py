@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+SPOILT = [(0, 0), (1, 2)]  # which rank has a batch of NaN, and when
 ROOT = Path(__file__).parent.parent.parent
 
 

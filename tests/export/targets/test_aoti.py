@@ -16,7 +16,7 @@ from compress.quantize import calibrate, convert, prepare
 from compress.runtime.engines import make_engine
 from compress.runtime.manifest import read_manifest
 from compress.surgery.capture import export_program
-from tests.export.programs import artifact, floating, quantized
+from tests.export.programs import artifact, floating, quantized, tiny
 
 EXACT = pytest.mark.skipif(not has_vnni(), reason="without VNNI no package of int8 kernels is built")
 
@@ -48,7 +48,7 @@ def test_the_census_sees_the_silent_fallback(tmp_path: Path, monkeypatch: pytest
     settings = {**aoti._settings(), "freezing": False}
     monkeypatch.setattr(aoti, "_settings", lambda: settings)
     monkeypatch.setattr(aoti, "has_vnni", lambda: True)
-    census = aoti.build(quantized().program, tmp_path / aoti.FILE)
+    census = aoti.build(tiny().program, tmp_path / aoti.FILE)
     assert census.int8_fraction < 0.5
 
 
@@ -185,7 +185,7 @@ def test_no_compiler_is_a_reason_to_skip(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", missing)
     with pytest.raises(ExportSkippedError, match=r"expected a C\+\+ compiler, got none"):
-        aoti.build(quantized().program, tmp_path / aoti.FILE)
+        aoti.build(tiny().program, tmp_path / aoti.FILE)
     assert not list(tmp_path.iterdir())
 
 
