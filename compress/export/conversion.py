@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from compress.surgery.lengths import LARGEST_BATCH, lengths_of
 __all__ = ["convert"]
 
 _SOURCE = "eager"
+_UNFINISHED = ".new."
 
 
 def convert(
@@ -90,40 +91,48 @@ def convert(
     """
     directory = Path(path)
     targets = list(dict.fromkeys(targets))
-    with _alone(directory):
-        manifest = _convertible(directory, targets, replace=replace, trust=trust).manifest
-        if mistakes := list(option_mistakes(options or {}, targets)):
-            raise ExportError("\n".join(mistakes))
-        files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
-        check_files(directory, manifest.files)
-    job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
-    temporary = _folder_in(directory)
-    try:
+    with ExitStack() as stack:
+        with _alone(directory):
+            manifest = _convertible(directory, targets, replace=replace, trust=trust).manifest
+            if mistakes := list(option_mistakes(options or {}, targets)):
+                raise ExportError("\n".join(mistakes))
+            files = {name: check_file(directory, target) for name, target in manifest.targets.items()}
+            check_files(directory, manifest.files)
+            temporary = stack.enter_context(_folder_in(directory))
+        job = dataclasses.replace(_job(manifest, files[_SOURCE], inputs, seed, gates), options=options or {})
         built = _build_all(targets, job, temporary, progress=progress)
         with _alone(directory):
             latest = _convertible(directory, targets, replace=replace, trust=trust)  # others may have come
             _put(_steps(latest, _with(latest.manifest, built, manifest), built, temporary), directory, temporary)
             return read_manifest(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Wait until nobody else converts an artefact here, and keep them waiting; with the process goes its lock."""
+def _alone(folder: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Wait until nobody else holds a folder, and keep them waiting; with the process goes its lock.
+
+    Args:
+        folder: Of an artefact, or in one.
+        wait: Otherwise nothing is waited for.
+
+    Returns:
+        Whether it is held; false with ``wait=False`` where another has it, or where folders cannot be held.
+    """
     try:
         import fcntl
     except ImportError:  # Windows has no such lock; there, do not convert one artefact twice at once
-        yield
+        yield False
         return
     try:
-        handle = os.open(directory, os.O_RDONLY)  # of the folder itself: no file is left
+        handle = os.open(folder, os.O_RDONLY)  # of the folder itself: no file is left
     except OSError as error:
-        raise ArtifactError(f"{directory}: expected an artefact's directory, got {error}. Give another.") from error
+        raise ArtifactError(f"{folder}: expected an artefact's directory, got {error}. Give another.") from error
+    held = False
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        with suppress(OSError):  # another has it, or a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = True
+        yield held
     finally:
         os.close(handle)
 
@@ -231,14 +240,27 @@ def _without_typical(spec: TensorSpec) -> TensorSpec:
     return dataclasses.replace(spec, ranges=ranges)
 
 
-def _folder_in(directory: Path) -> Path:
-    """Make a folder from which files can be moved into the artefact at once, whatever it is mounted on."""
+@contextmanager
+def _folder_in(directory: Path) -> Iterator[Path]:
+    """Give a folder from which files can be moved into the artefact at once, whatever it is mounted on.
+
+    Those that processes have left that ended half way are removed: nobody holds them. Call it where you are alone.
+    """
+    for left in directory.glob(f"{_UNFINISHED}*"):
+        with _alone(left, wait=False) as abandoned:
+            if abandoned:
+                shutil.rmtree(left, ignore_errors=True)
     try:
-        return Path(tempfile.mkdtemp(prefix=".new.", dir=directory))
+        folder = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=directory))
     except OSError as error:
         raise ArtifactError(
             f"{directory}: expected a folder that can be written, got {error}. Copy it first."
         ) from error
+    try:
+        with _alone(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _steps(signed: Signed, new: Manifest, built: Mapping[str, Target], folder: Path) -> list[tuple[Path, str]]:

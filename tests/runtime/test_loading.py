@@ -14,7 +14,7 @@ from compress.runtime import load, loading, requirements
 from compress.runtime.engines import Engine, onnxruntime
 from compress.runtime.examples import example_call
 from compress.runtime.loading import load_and_call
-from compress.runtime.manifest import Manifest
+from compress.runtime.manifest import Manifest, Target, sha256
 from compress.runtime.requirements import native_requirements
 from tests.export.programs import HERE, artifact, edit, quantized
 
@@ -170,17 +170,17 @@ def test_another_number_of_threads_is_measured_anew(timed: list[set[str]]) -> No
     "content",
     [
         b"unknown",
-        b"\xff\xfe",
+        pytest.param(b"\xff\xfe", marks=pytest.mark.slow),
         b"",
         b"[]",
-        b"{}",
-        b'{"1": []}',
+        pytest.param(b"{}", marks=pytest.mark.slow),
+        pytest.param(b'{"1": []}', marks=pytest.mark.slow),
         b'{"1": {}}',
-        b'{"one": {"eager": 1}}',
+        pytest.param(b'{"one": {"eager": 1}}', marks=pytest.mark.slow),
         b'{"1": {"quantum": 1.0}}',
         b'{"1": {"eager": NaN}}',
         b'{"4": {"eager": 1.0}}',
-        b'{"1": {"eager": 1.0}, "4": {"aoti": 1.0}}',
+        pytest.param(b'{"1": {"eager": 1.0}, "4": {"aoti": 1.0}}', marks=pytest.mark.slow),
     ],
 )
 def test_a_damaged_memory_is_measured_anew(timed: list[set[str]], cache: Path, content: bytes) -> None:
@@ -288,3 +288,26 @@ def test_an_engine_on_another_device_is_refused() -> None:
 def test_load_and_call_runs_one_sample() -> None:
     outputs = load_and_call(str(artifact()), "onnxruntime")()
     assert [output.shape for output in outputs] == [(1, 3)]  # type: ignore[attr-defined]
+
+
+def test_what_is_built_anew_while_it_is_loaded_is_read_again(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process puts a file and its manifest in their places between the reading of both."""
+    check, waiting = loading.check_file, [True]
+
+    def replaced(directory: Path, target: Target) -> Path:
+        if waiting:
+            waiting.clear()
+            with (directory / target.file).open("ab") as file:
+                file.write(b" ")
+            changed = {"bytes": (directory / target.file).stat().st_size, "sha256": sha256(directory / target.file)}
+            edit(directory, lambda content: content["targets"]["eager"].update(changed))
+        return check(directory, target)
+
+    monkeypatch.setattr(loading, "check_file", replaced)
+    eager = load(copy, engine="onnxruntime").manifest.targets["eager"]
+    assert eager.sha256 == sha256(copy / eager.file)
+    assert not waiting
+    waiting.append(True)
+    (copy / "model.onnx").write_bytes(b"damaged")
+    with pytest.raises(ArtifactError, match=r"model\.onnx"):
+        load(copy, engine="onnxruntime")
