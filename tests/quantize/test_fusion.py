@@ -26,7 +26,7 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_only_patterns_of_present_convolutions_are_captured_and_nothing_else_changes(
+def test_only_patterns_of_present_convolutions_are_captured_once_and_nothing_else_changes(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make, shape = NETWORKS[name]
@@ -43,10 +43,14 @@ def test_only_patterns_of_present_convolutions_are_captured_and_nothing_else_cha
     ours = prepare(copy.deepcopy(network), (x,), "int8")
     num_ours = len(captured)
     captured.clear()
+    again = prepare(copy.deepcopy(network), (x,), "int8")
+    assert not captured
     monkeypatch.setattr(compress.quantize.pt2e, "fused_kinds_alone", nullcontext)
     theirs = prepare(network, (x,), "int8")
 
     assert num_ours < len(captured)
-    assert str(ours.graph_module.graph) == str(theirs.graph_module.graph)
-    assert torch.equal(ours.train()(x), theirs.train()(x))
+    assert str(ours.graph_module.graph) == str(again.graph_module.graph) == str(theirs.graph_module.graph)
+    outputs = [prepared.train()(x) for prepared in (ours, again, theirs)]
+    assert torch.equal(outputs[0], outputs[2])
+    assert torch.equal(outputs[1], outputs[2])
     assert qat_utils._fuse_conv_bn_qat_helper.__module__ == qat_utils.__name__  # as it was
