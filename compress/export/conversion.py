@@ -26,7 +26,7 @@ from compress.export.options import Options, option_mistakes
 from compress.export.parity import check_inputs, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import Product, products
-from compress.export.samples import random_inputs
+from compress.export.samples import note_drawn, random_inputs
 from compress.export.targets import TARGETS
 from compress.runtime.engines import make_engine, missing_package
 from compress.runtime.manifest import (
@@ -207,6 +207,8 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
     examples = [tensor[:2] for tensor in inputs]
     program, _ = clean_up(export_program(module, examples, lengths=lengths, largest_batch=most))
     _check_program(manifest, program, source)
+    if notes["inputs"] != "given":
+        note_drawn(program)
     work = [Product(**product) for product in manifest.products] or products(program)
     limits = gates or Gates(**{key: value for key, value in manifest.gates.items() if key in _GATES})
     return Job(program, work, inputs, wanted, manifest.scheme is not None, limits, others, notes)

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from compress.runtime.examples import example_sizes
 from compress.runtime.manifest import TensorSpec
 
-__all__ = ["random_inputs"]
+__all__ = ["are_drawn", "note_drawn", "random_inputs"]
 
+_DRAWN = "example inputs are drawn"
 _NUM = 64
 _EMBEDDING = torch.ops.aten.embedding.default
 _PASSED_THROUGH = {
@@ -41,6 +43,16 @@ def random_inputs(graph_module: GraphModule, specs: Sequence[TensorSpec], *, see
     generator = torch.Generator().manual_seed(seed)
     placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
     return [_draw(spec, _num_rows(graph_module, node), generator) for spec, node in zip(specs, placeholders)]
+
+
+def note_drawn(program: ExportedProgram) -> None:
+    """Note on a program that its example inputs are random: they say nothing of how large real ones are."""
+    program.graph_module.meta[_DRAWN] = True
+
+
+def are_drawn(program: ExportedProgram) -> bool:
+    """Say whether a program's example inputs are random."""
+    return bool(program.graph_module.meta.get(_DRAWN))
 
 
 def _draw(spec: TensorSpec, rows: int | None, generator: torch.Generator) -> Tensor:

@@ -10,9 +10,12 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.graph import has_narrow_weights
+from compress.export.graph import LARGEST_NARROW, has_narrow_weights
 from compress.export.onnx_translate import translate
+from compress.export.samples import are_drawn
 from compress.export.targets import Census
+from compress.export.targets.openvino_recurrent import quantize_lstms
+from compress.measure.machine import has_vnni
 from compress.runtime.engines.openvino import NARROW, compile_model
 
 __all__ = ["FILE", "PARTS", "build", "census", "requires"]
@@ -39,8 +42,14 @@ def build(program: ExportedProgram, path: Path) -> Census:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "model.onnx"
         file.write_bytes(translate(program, target="openvino").SerializeToString())
-        model = openvino.convert_model(str(file))
-    if has_narrow_weights(program):
+        openvino.save_model(openvino.convert_model(str(file)), str(file.with_suffix(".xml")), compress_to_fp16=False)
+        model = openvino.Core().read_model(str(file.with_suffix(".xml")))
+    is_narrow = has_narrow_weights(program)
+    if is_narrow or has_vnni():  # else it computes LSTMs in floats
+        examples = [value.detach().cpu().numpy() for value in program.example_inputs[0]]
+        known = None if are_drawn(program) else examples
+        quantize_lstms(model, known, largest=LARGEST_NARROW if is_narrow else 127)
+    if is_narrow:
         model.set_rt_info("1", NARROW)
     openvino.save_model(model, str(path), compress_to_fp16=False)
     return census(path)
