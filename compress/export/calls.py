@@ -27,10 +27,11 @@ def engine_call(
         program: What is built.
         inputs: What it is called with, shape (N, ...) each.
         engine: A key of ``compress.runtime.engines.ENGINES``.
-        num_threads: Threads of a call; the engine's default without it.
+        num_threads: Threads of a call; the engine's default without it. Call torch's engines within
+            ``compress.measure.threads.torch_threads``: they take what the process has.
 
     Raises:
-        ExportError: when the engine cannot be given it.
+        ExportSkippedError: when the engine cannot be given it.
         MissingPackageError: when the engine's library is not installed.
     """
     builder = import_module(TARGETS[READS.get(engine, engine)])

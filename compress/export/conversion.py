@@ -249,7 +249,7 @@ def _folder_in(directory: Path) -> Iterator[Path]:
     Those that processes have left that ended half way are removed: nobody holds them. Call it where you are alone.
     """
     for left in directory.glob(f"{_UNFINISHED}*"):
-        with _alone(left, wait=False) as abandoned:
+        with suppress(ArtifactError), _alone(left, wait=False) as abandoned:  # it may go, or be another user's
             if abandoned:
                 shutil.rmtree(left, ignore_errors=True)
     try:

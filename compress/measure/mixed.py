@@ -18,7 +18,7 @@ _MOST_LAYERS = 24
 
 
 def mixed_svg(mixed: Mixed) -> str:
-    """Draw the layers whose time differs most, at most 24.
+    """Draw the layers that stay in floats, then those whose time differs most, at most 24.
 
     Returns:
         An ``<svg>`` element in the page's colours; empty where nothing is measured.
@@ -41,7 +41,7 @@ def save_mixed(mixed: Mixed, directory: str | os.PathLike[str]) -> list[Path]:
 
 def _draw(mixed: Mixed, palette: Palette) -> Figure:
     times, gains = mixed.times(), mixed.gains()
-    shown = set(sorted(times, key=lambda layer: -abs(times[layer]))[:_MOST_LAYERS]) | set(mixed.chosen[:_MOST_LAYERS])
+    shown = set(sorted(times, key=lambda layer: (layer not in mixed.chosen, -abs(times[layer])))[:_MOST_LAYERS])
     layers = [layer for layer in times if layer in shown]
     figure = new_figure(9.2, 1.3 + 0.22 * len(layers))
     panels = {"milliseconds more in floats": times, "validation loss less in floats": gains}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.progress import track
@@ -17,26 +19,32 @@ from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
 from compress.errors import RecipeError, RunError
 from compress.export.calls import engine_call, repeat_samples
-from compress.measure.latency import measure_latency
+from compress.export.passes import clean_up
+from compress.measure.latency import Latency, measure_latency
 from compress.measure.mixed import save_mixed
 from compress.measure.results import Mixed
+from compress.measure.threads import torch_threads
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_floats
 from compress.quantize.calibrate import calibrate
-from compress.quantize.layers import Assignment, make_assignment
+from compress.quantize.layers import Assignment
 from compress.quantize.progressive import quantized_layers
 from compress.quantize.pt2e import convert, prepare
+from compress.quantize.schemes import FLOAT
 from compress.quantize.sensitivity import capture_layers, num_weights
 from compress.runtime.engines import ENGINES
 from compress.runtime.engines import device_of as engine_device
 from compress.surgery.capture import export_program
 
-__all__ = ["Deadline", "measure_mixed", "read_mixed"]
+__all__ = ["Deadline", "measure_mixed", "read_mixed", "with_floats"]
+
+Value = TypeVar("Value")
 
 _NAME = "mixed"
 _LAYERS = "layers"
 _SECONDS = 0.5  # of each network when two are compared
+_MORE_SECONDS = 2.0  # where what is measured is believed
 _MOST_CHOICES = 6
 
 
@@ -96,7 +104,7 @@ def measure_mixed(run: RunDirectory, stage: str, deadline: Deadline) -> None:
     Raises:
         RecipeError: when the network is too slow with every layer in its faster form.
         CaptureError: when the network cannot be quantised.
-        ExportError: when the engine cannot be given it.
+        ExportSkippedError: when the engine cannot be given it.
     """
     bench = _Bench(run, stage, deadline)
     result = bench.start(_found(run, bench.measured_on))
@@ -108,7 +116,11 @@ def measure_mixed(run: RunDirectory, stage: str, deadline: Deadline) -> None:
             words = f"{layer} in floats: loss {values['loss']:.4f}, {values['ms']:.4g} ms"
             run.console.print(words, soft_wrap=True, markup=False, highlight=False)
     wanted = deadline.milliseconds(result.floats["ms"])
-    chosen, reached = _choose(result, wanted, bench.measure)
+    # What an earlier target has led to holds no longer, whatever becomes of this one.
+    result = replace(result, wanted_ms=None, chosen=[], reached=None)
+    run.write_json(_NAME, asdict(result))
+    (run.path / f"{_LAYERS}.json").unlink(missing_ok=True)
+    chosen, reached = _choose(result, wanted, partial(bench.measure, seconds=_MORE_SECONDS))
     result = replace(result, wanted_ms=wanted, chosen=chosen, reached=reached)
     run.write_json(_NAME, asdict(result))
     for path in save_mixed(result, run.path):
@@ -140,12 +152,16 @@ def _choose(
 
     Times of layers add up while few are in floats; all of them are the network in floats, whose time is known.
     """
-    if result.floats["ms"] <= wanted and result.floats["loss"] <= result.integers["loss"]:
-        return list(result.layers), result.floats
+    everything = list(result.layers), result.floats
+    in_time = result.floats["ms"] <= wanted
+    if in_time and result.floats["loss"] <= result.integers["loss"]:
+        return everything
     gains, times = result.gains(), result.times()
-    room = wanted - result.integers["ms"]
+    room = allowed = wanted - result.integers["ms"]
     fastest = sum(min(0.0, time) for time in times.values())
     if fastest > room:
+        if in_time:
+            return everything
         raise RecipeError(
             f"latency_ms: expected at least {result.integers['ms'] + fastest:.4g}, every layer in its faster form, got "
             f"{wanted:.4g}. Allow more, prune first, or choose another engine."
@@ -154,12 +170,16 @@ def _choose(
     while (chosen := allocate_floats(gains, times, budget=room)) not in tried[-1:] and len(tried) < _MOST_CHOICES:
         tried.append(chosen)
         reached = measure(chosen) if chosen else result.integers
-        spent, allowed = reached["ms"] - result.integers["ms"], wanted - result.integers["ms"]
+        spent = reached["ms"] - result.integers["ms"]
         if spent <= allowed:
             return chosen, reached
-        # As if every layer took more by the same factor; what is to be saved has no factor.
         predicted = sum(times[layer] for layer in chosen)
-        room = max(fastest, predicted * allowed / spent if allowed > 0 else room - (spent - allowed))
+        if predicted > 0 and allowed > 0:  # as if every layer took more by the same factor
+            room = max(fastest, predicted * allowed / spent)
+        else:
+            room = max(fastest, min(room, predicted) - (spent - allowed))
+    if in_time:
+        return everything
     raise RecipeError(
         f"latency_ms: expected a choice that is measured within {wanted:.4g}, got {reached['ms']:.4g} after "
         f"{len(tried)} of them: times of layers do not add up here. Allow more."
@@ -199,7 +219,7 @@ class _Bench:
             self._base_ms = before.integers["ms"]
             return before
         floats = self._call(self._network)
-        measured = measure_latency({"integers": self._base, "floats": floats}, seconds=_SECONDS)
+        measured = self._times({"integers": self._base, "floats": floats}, _MORE_SECONDS)
         self._base_ms = measured["integers"].p50_ms
         deadline = self._deadline
         return Mixed(
@@ -214,25 +234,31 @@ class _Bench:
             layers={},
         )
 
-    def measure(self, in_floats: Sequence[str]) -> dict[str, float]:
+    def measure(self, in_floats: Sequence[str], seconds: float = _SECONDS) -> dict[str, float]:
         """Return loss, metrics and milliseconds of the network with some layers in floats, the others in integers."""
         assert self._base is not None
-        prepared, converted = self._quantized(in_floats)
-        calls = {"integers": self._base, "mixed": self._call(converted)}
-        measured = measure_latency(calls, seconds=_SECONDS)
+        if set(in_floats) == set(self.layers):
+            network, call = self._network, self._call(self._network)
+        else:
+            network, converted = self._quantized(in_floats)
+            call = self._call(converted)
+        measured = self._times({"integers": self._base, "mixed": call}, seconds)
         ratio = measured["mixed"].p50_ms / measured["integers"].p50_ms
-        return {**self._judge(prepared), "ms": self._base_ms * ratio}
+        return {**self._judge(network), "ms": self._base_ms * ratio}
+
+    def _times(self, calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, Latency]:
+        with torch_threads(self._deadline.threads):
+            return measure_latency(calls, seconds=seconds)
 
     def _quantized(self, in_floats: Sequence[str]) -> tuple[nn.Module, nn.Module]:
         own = self._callback.assignment
-        floats = make_assignment("int8", layers=dict.fromkeys(in_floats, "float")).layers
-        assignment = replace(own, layers={**own.layers, **floats})
+        assignment = replace(own, layers=with_floats(own.layers, in_floats, FLOAT))
         prepared = prepare(copy.deepcopy(self._network), self._inputs, assignment)
         calibrate(prepared, self._batches, ranges=self._callback.ranges)
         return prepared, convert(prepared)
 
     def _call(self, network: nn.Module) -> Callable[[], object]:
-        program = export_program(network, self._inputs)
+        program, _ = clean_up(export_program(network, self._inputs))
         deadline = self._deadline
         return engine_call(program, self._call_inputs, deadline.engine, num_threads=deadline.threads)
 
@@ -241,6 +267,16 @@ class _Bench:
         values = judge(self._run, network.to(device), islice(self._loader, self._num_batches), device)
         network.cpu()
         return values
+
+
+def with_floats(layers: Mapping[str, Value], in_floats: Sequence[str], floats: Value) -> dict[str, Value]:
+    """Return patterns of layers and what they get, with some layers in floats: the last pattern that matches counts.
+
+    Example:
+        >>> with_floats({"fc": "w4a8", "*": "int8"}, ["fc"], "float")
+        {'*': 'int8', 'fc': 'float'}
+    """
+    return {name: value for name, value in layers.items() if name not in in_floats} | dict.fromkeys(in_floats, floats)
 
 
 def _training_inputs(run: RunDirectory, num_batches: int) -> list[tuple[Tensor, ...]]:
@@ -269,12 +305,12 @@ def _tell(run: RunDirectory, result: Mixed) -> None:
     }.items():
         text = f"{name}: {values['ms']:.4g} ms, loss {values['loss']:.4f}, {metric} {values[metric]:.4f}"
         run.console.print(text, soft_wrap=True, highlight=False)
-    if len(result.chosen) == len(result.layers):
+    if result.reached == result.floats:
         run.console.print("the network in floats is fast enough: nothing needs to be quantised")
         return
     own: Assignment = run.recipe.quantize.assignment  # type: ignore[union-attr]
-    layers = {pattern: scheme.name for pattern, scheme in own.layers.items()}
-    run.write_json(_LAYERS, layers | dict.fromkeys(result.chosen, "float"))
+    layers = with_floats({pattern: scheme.name for pattern, scheme in own.layers.items()}, result.chosen, "float")
+    run.write_json(_LAYERS, layers)
     words = f'--quantize.layers "$(cat {run.path / _LAYERS}.json)"'
     run.console.print(f"to train with them: {words}", soft_wrap=True, markup=False, highlight=False)
 

@@ -28,7 +28,9 @@ from compress.pipeline.rundir import RunDirectory
 from compress.prune import CRITERIA, Anatomy, StructuredPruning, measure_sensitivity, score_groups, study
 from compress.prune.criteria import Gradients, measure_activations
 from compress.prune.sensitivity import RATIOS, num_silent
+from compress.quantize.layers import engine_mistakes
 from compress.quantize.sensitivity import BITS
+from compress.runtime.engines import missing_package
 
 __all__ = ["read_sensitivity", "sensitivity"]
 
@@ -97,6 +99,10 @@ def _check_targets(run: RunDirectory, average_bits: float | None, deadline: Dead
             "latency: expected a recipe that quantises, got one without a quantize section. "
             "Add --quantize.scheme int8, say; prune.target is what prunes to a latency."
         )
+    if mistakes := list(engine_mistakes(run.recipe.quantize.assignment, [deadline.engine])):
+        raise RecipeError("\n".join(mistakes).replace("export.targets", "engine"))
+    if package := missing_package(deadline.engine):
+        raise RecipeError(f"engine: expected {package} to be installed for {deadline.engine}, got none. Install it.")
 
 
 def read_sensitivity(run: RunDirectory) -> Sensitivity | None:

@@ -270,8 +270,12 @@ def test_what_an_ended_process_left_is_removed_and_what_another_builds_is_not(
         folder.mkdir()
         (folder / "half").write_text("half")
     monkeypatch.setattr(conversion, "_build_all", lambda *_, **__: (_ for _ in ()).throw(ExportError("as it was")))
+    glob = Path.glob
+    gone = copy / ".new.gone"  # another process has ended meanwhile
+    monkeypatch.setattr(Path, "glob", lambda path, pattern: [gone, *glob(path, pattern)])
     with lock_of(building), pytest.raises(ExportError, match="as it was"):
         convert(copy, ["onnxruntime"])
+    monkeypatch.undo()
     assert not left.exists()
     assert [path.name for path in building.iterdir()] == ["half"]
     assert [path for path in copy.glob(".new.*") if path != building] == []

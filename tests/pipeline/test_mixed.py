@@ -18,10 +18,11 @@ from compress.errors import RecipeError, RunError
 from compress.measure.mixed import mixed_svg, save_mixed
 from compress.measure.report import read_report, write_report
 from compress.measure.results import Mixed
-from compress.pipeline import Deadline, open_run
+from compress.pipeline import Deadline, mixed, open_run
 from compress.pipeline.judging import judge, validation
-from compress.pipeline.mixed import _choose, _training_inputs, read_mixed
+from compress.pipeline.mixed import _choose, _training_inputs, read_mixed, with_floats
 from compress.quantize import calibrate, prepare
+from compress.quantize.layers import make_assignment
 from compress.quantize.progressive import quantizers
 from tests.measure.samples import sample_report
 from tests.pipeline.test_sensitivity import WORDS
@@ -149,6 +150,57 @@ def test_a_time_that_cannot_be_met_says_what_can() -> None:
         _choose(EXAMPLE, 7.6, lambda layers: values(1.0, 7.7))
 
 
+@pytest.mark.parametrize("wanted", [6.0, 7.2])
+def test_floats_that_are_fast_enough_are_taken_where_integers_are_not(wanted: float) -> None:
+    slow = replace(EXAMPLE, floats=values(1.51, 6.0))
+    found, reached = _choose(slow, wanted, additive)
+    assert (found, reached) == (["a", "b", "c", "d"], slow.floats)
+    layers = {"a": values(1.4, 9.0), "b": values(1.3, 9.0)}
+    both = replace(EXAMPLE, floats=values(1.51, 8.5), layers=layers)  # nothing that is chosen keeps to its time
+    found, reached = _choose(both, 9.0, lambda layers: values(1.0, 9.5))
+    assert reached["ms"] <= 9.0
+
+
+def test_a_choice_that_saves_less_than_it_says_is_followed_by_one_that_saves_more() -> None:
+    faster = replace(EXAMPLE, integers=values(1.5, 10.0), floats=values(1.0, 30.0))
+    layers = {"a": values(0.5, 9.0), "b": values(1.6, 8.0), "c": values(1.5, 20.0)}
+    times = {("a",): 10.2, ("a", "b"): 7.5}
+    for wanted in (10.0, 10.1):
+        found, _ = _choose(replace(faster, layers=layers), wanted, lambda own: values(1.0, times[tuple(own)]))
+        assert found == ["a", "b"]
+
+
+def test_floats_come_after_the_patterns_that_would_match_their_names() -> None:
+    own = {"fc": "w4a8", "*": "int8"}
+    layers = with_floats(own, ["fc"], "float")
+    assert make_assignment("int8", layers=layers).resolve(["stem", "fc"])["fc"].name == "float"
+
+
+def test_one_layer_in_floats_is_the_network_in_floats(run: Path) -> None:
+    """All others are kept in floats by the recipe; ``eager`` has the threads that are asked for."""
+    (run / "layers.json").write_text('{"fc": "w4a8"}')
+    threads: list[int] = []
+    measure = mixed.measure_latency
+
+    def counted(*given: Any, **more: Any) -> Any:
+        threads.append(torch.get_num_threads())
+        return measure(*given, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mixed, "measure_latency", counted)
+        before = torch.get_num_threads()
+        words = ["--latency_ms", "10000", "--engine", "eager", "--threads", str(before + 1)]
+        words += ["--quantize.keep", "[stem.*, stages.*]"]
+        assert compress.cli.main(["sensitivity", str(run), *words]) == 0
+    assert set(threads) == {before + 1}
+    result = read_mixed(open_run(run))
+    assert result is not None
+    assert list(result.layers) == ["fc"]
+    assert result.layers["fc"]["loss"] == result.floats["loss"]
+    if result.reached == result.floats:
+        assert not (run / "layers.json").exists()
+
+
 def test_deadlines() -> None:
     assert Deadline(latency=0.5).milliseconds(30.0) == 15.0
     assert Deadline(latency_ms=0.5).milliseconds(30.0) == 0.5
@@ -170,6 +222,8 @@ def test_targets_that_do_not_go_together(run: Path, capsys: pytest.CaptureFixtur
     words = ["sensitivity", str(run), "--latency", "0.5"]
     assert compress.cli.main([*words, "--average_bits", "4"]) == 2
     assert "average_bits: expected none beside a latency" in capsys.readouterr().err
+    assert compress.cli.main([*words, "--quantize.scheme", "int8_dynamic", "--export.targets", "[eager]"]) == 2
+    assert "engine: expected engines that run the scheme 'int8_dynamic'" in capsys.readouterr().err
     assert compress.cli.main([*words, "--quantize", "null"]) == 2
     assert "expected a recipe that quantises" in capsys.readouterr().err
 
