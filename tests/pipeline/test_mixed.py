@@ -27,7 +27,7 @@ from compress.quantize.progressive import quantizers
 from tests.measure.samples import sample_report
 from tests.pipeline.test_sensitivity import WORDS
 
-GIVEN = [*WORDS, "--quantize", "{scheme: int8, start: 0.5, keep: [stem.*]}", "--prune", "null"]
+GIVEN = [*WORDS, "--quantize", "{scheme: int8, start: 0.5, keep: [stem.*, stages.0.*]}", "--prune", "null"]
 
 
 def values(loss: float, ms: float) -> dict[str, float]:
@@ -67,8 +67,8 @@ def read(run: Path) -> dict[str, Any]:
 def test_every_layer_in_integers_is_measured_in_floats(measured: Path) -> None:
     result = read_mixed(open_run(measured))
     assert result is not None
-    assert "stem.0" not in result.layers  # the recipe keeps it in floats anyway
-    assert {"fc", "stages.0.0.conv1"} < set(result.layers)
+    assert "stages.0.0.conv1" not in result.layers  # the recipe keeps it in floats anyway
+    assert {"fc", "stages.1.0.conv1"} < set(result.layers)
     points = [result.floats, result.integers, *result.layers.values()]
     assert all(point["ms"] > 0 and 0 <= point["accuracy"] <= 1 for point in points)
     assert len({point["loss"] for point in points}) > len(points) // 2
@@ -94,7 +94,7 @@ def test_the_same_command_goes_on_and_chooses_within_the_time(run: Path) -> None
     best = sorted((gain for gain in gains.values() if gain > 0), reverse=True)[:2]
     assert sorted((gains[layer] for layer in chosen), reverse=True) == best
     layers = json.loads((run / "layers.json").read_text())
-    assert layers == {"stem.*": "float"} | dict.fromkeys(after["chosen"], "float")
+    assert layers == {"stem.*": "float", "stages.0.*": "float"} | dict.fromkeys(after["chosen"], "float")
     assert after["reached"]["loss"] == judged(run, layers)
 
 

@@ -67,7 +67,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @in_integers
 @pytest.mark.parametrize(
     ("kind", "scheme"),
-    [("stacked", "int8"), ("both", "int8_portable"), ("filtered", "int8"), ("filtered", "int8_portable")],
+    [
+        ("stacked", "int8"),
+        ("both", "int8_portable"),
+        pytest.param("filtered", "int8", marks=pytest.mark.slow),
+        ("filtered", "int8_portable"),
+    ],
 )
 def test_every_lstm_is_in_integers_and_agrees(kind: str, scheme: str, tmp_path: Path) -> None:
     make, num = NETWORKS[kind]
@@ -83,7 +88,7 @@ def test_every_lstm_is_in_integers_and_agrees(kind: str, scheme: str, tmp_path: 
 
 
 @in_integers
-@pytest.mark.parametrize(("inputs", "hidden"), [(1.0, 4.0), (6.0, 1.0)])
+@pytest.mark.parametrize(("inputs", "hidden"), [pytest.param(1.0, 4.0, marks=pytest.mark.slow), (6.0, 1.0)])
 def test_weights_of_different_ranges_keep_their_values(inputs: float, hidden: float, tmp_path: Path) -> None:
     network = LSTMClassifier(6, 3, hidden=32, num_layers=2)
     with torch.no_grad():
@@ -93,7 +98,7 @@ def test_weights_of_different_ranges_keep_their_values(inputs: float, hidden: fl
 
 
 @in_integers
-@pytest.mark.parametrize("size", [0.05, 1.0, 20.0])
+@pytest.mark.parametrize("size", [0.05, pytest.param(1.0, marks=pytest.mark.slow), 20.0])
 def test_inputs_may_have_any_range(size: float, tmp_path: Path) -> None:
     assert error(LSTMClassifier(6, 3, hidden=32, num_layers=2), size * SERIES, "int8_portable", tmp_path) < 0.05
 
