@@ -198,10 +198,10 @@ class _Bench:
         self._inputs = [tensor[:2] for tensor in run.held_out]
         self._call_inputs = [repeat_samples(tensor, deadline.batch) for tensor in run.held_out]
         self._batches = _training_inputs(run, callback.num_batches)
-        prepared = prepare(copy.deepcopy(self._network), self._inputs, callback.assignment)
+        self._integers, converted = self._quantized([])
         named = num_weights(capture_layers(copy.deepcopy(self._network), self._inputs))
-        self.layers = quantized_layers(prepared, named)
-        self._base: Callable[[], object] | None = None
+        self.layers = quantized_layers(self._integers, named)
+        self._base = self._call(converted)
         self._base_ms = 0.0
 
     @property
@@ -213,8 +213,6 @@ class _Bench:
 
     def start(self, before: Mixed | None) -> Mixed:
         """Measure the network in floats and in integers, unless that has been done."""
-        prepared, converted = self._quantized([])
-        self._base = self._call(converted)
         if before is not None:
             self._base_ms = before.integers["ms"]
             return before
@@ -230,13 +228,12 @@ class _Bench:
             threads=deadline.threads,
             measured_on=self.measured_on,
             floats={**self._judge(self._network), "ms": measured["floats"].p50_ms},
-            integers={**self._judge(prepared), "ms": self._base_ms},
+            integers={**self._judge(self._integers), "ms": self._base_ms},
             layers={},
         )
 
     def measure(self, in_floats: Sequence[str], seconds: float = _SECONDS) -> dict[str, float]:
         """Return loss, metrics and milliseconds of the network with some layers in floats, the others in integers."""
-        assert self._base is not None
         if set(in_floats) == set(self.layers):
             network, call = self._network, self._call(self._network)
         else:
