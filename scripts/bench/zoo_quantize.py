@@ -46,12 +46,15 @@ def quantize(name: str, row: dict[str, Any]) -> None:
     """
     network, inputs = build(name)
     _settle(network, inputs)
-    _export(_quantize(copy.deepcopy(network), inputs, row), inputs, row)
-    row["pruned"] = {}
-    try:
-        _export(_quantize(_pruned(network, inputs), inputs, row["pruned"]), inputs, row["pruned"])
-    except Exception as error:
-        raise RuntimeError(f"pruned: {error}") from error
+    failures = []
+    for prefix, part in (("", row), ("pruned: ", row.setdefault("pruned", {}))):
+        try:
+            measured = _pruned(network, inputs) if prefix else copy.deepcopy(network)
+            _export(_quantize(measured, inputs, part), inputs, part)
+        except Exception as error:
+            failures.append(RuntimeError(f"{prefix}{error}") if prefix else error)
+    if failures:
+        raise failures[0]
 
 
 def _settle(network: nn.Module, inputs: Any) -> None:
