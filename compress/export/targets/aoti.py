@@ -31,6 +31,7 @@ from compress.export.graph import (
     widen_single_channels,
 )
 from compress.export.targets import Census, ExportSkippedError
+from compress.export.targets.aoti_packing import register_packing
 from compress.measure.machine import has_vnni
 from compress.runtime.requirements import native_requirements
 
@@ -155,6 +156,7 @@ def _register_weight_packing() -> None:
     from torchao.quantization.pt2e.inductor_passes.x86 import _register_quantization_weight_pack_pass
 
     _register_quantization_weight_pack_pass()
+    register_packing()
 
 
 def _slim(name: str, content: bytes) -> bytes:

@@ -161,6 +161,30 @@ def test_sums_behind_activations_are_compiled(tmp_path: Path) -> None:
         torch.testing.assert_close(outputs, prepared(inputs), atol=0.03, rtol=0)
 
 
+@pytest.mark.parametrize("scheme", [None, pytest.param("int8", marks=[EXACT, pytest.mark.slow])])
+def test_no_call_lays_out_weights_anew(scheme: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    # Of one channel, whose two orders of dimensions are the same and mean different orders of what is made of it.
+    network = nn.Sequential(nn.Conv2d(1, 48, 3, padding=1, stride=4), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1)).eval()
+    inputs = torch.randn(2, 1, 8, 8)
+    if scheme:
+        prepared = prepare(network, [inputs], scheme)
+        calibrate(prepared, [(inputs,)])
+        network = convert(prepared.eval())
+    aoti.build(export_program(network, [inputs]), tmp_path / aoti.FILE)
+    engine = make_engine("aoti", tmp_path / aoti.FILE, num_threads=1)
+    for batch in (1, 2, 16):
+        x = torch.randn(batch, 1, 8, 8)
+        engine([x])  # makes what it keeps
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            (got,) = engine([x])
+        told = [line.split(",") for line in capfd.readouterr().out.splitlines() if line.startswith("onednn_verbose")]
+        kinds = [fields[5] for fields in told if "exec" in fields]
+        assert kinds.count("convolution") == 2
+        assert not [fields for fields in told if "reorder" in fields and "48x48x3x3" in fields]
+        torch.testing.assert_close(got, network(x), rtol=1e-4, atol=1e-5)
+
+
 def test_products_of_transposed_values_are_integers_whatever_the_batch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(8, 6, 16)
