@@ -38,7 +38,7 @@ from compress.runtime.manifest import (
     manifest_text,
     read_manifest,
 )
-from compress.runtime.outputs import arranger, check_number
+from compress.runtime.outputs import arranger, check_outputs
 from compress.runtime.trust import SIGNATURE, Signed, read_signed, signature_of
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import LARGEST_BATCH, lengths_of
@@ -196,7 +196,7 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
 
     def reference(*batch: Tensor) -> Any:
         found = engine(batch)
-        check_number(found, manifest, _SOURCE)
+        check_outputs(found, manifest, _SOURCE)
         return arrange(found)
 
     wanted = reference_outputs(reference, inputs)

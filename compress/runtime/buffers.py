@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from compress.runtime.sizes import described
 if TYPE_CHECKING:
     from compress.runtime.engines import Engine
 
-__all__ = ["check_buffers", "fill"]
+__all__ = ["check_buffers", "fill", "may_overlap"]
 
 
 def check_buffers(out: Any, manifest: Manifest, kind: str, num: int) -> list[Any]:
@@ -37,13 +38,24 @@ def check_buffers(out: Any, manifest: Manifest, kind: str, num: int) -> list[Any
     return buffers
 
 
+def may_overlap(inputs: Sequence[Any], buffers: Sequence[Any]) -> bool:
+    """Say whether writing to a buffer might change an input.
+
+    Args:
+        inputs: Arrays or tensors.
+        buffers: Of their kind.
+    """
+    read, written = ([_array(value) for value in values] for values in (inputs, buffers))
+    return any(x is not None and out is not None and np.may_share_memory(x, out) for x, out in product(read, written))
+
+
 def fill(engine: Engine, inputs: Sequence[Any], buffers: Sequence[Any], manifest: Manifest) -> None:
     """Run a batch into buffers: the engine writes there where it can, else its outputs are copied.
 
     Args:
         engine: What runs it.
         inputs: Arrays or tensors, one of the artefact's inputs each.
-        buffers: Arrays or tensors of the inputs' kind that ``check_buffers`` has seen.
+        buffers: Arrays or tensors of the inputs' kind that ``check_buffers`` has seen, on other memory.
         manifest: Of the artefact.
 
     Raises:
@@ -114,8 +126,13 @@ def _where(manifest: Manifest, place: int) -> str:
 
 def _memory(value: Any) -> np.ndarray | None:
     """Return an array on the same memory, where the host reads it in order."""
-    if not isinstance(value, np.ndarray):
-        if value.device.type != "cpu":
-            return None
-        value = value.detach().numpy()
-    return value if value.flags.c_contiguous else None
+    array = _array(value)
+    return array if array is not None and array.flags.c_contiguous else None
+
+
+def _array(value: Any) -> np.ndarray | None:
+    """Return an array on the same memory, where that is the host's."""
+    if isinstance(value, np.ndarray):
+        return value
+    found: np.ndarray | None = value.detach().numpy() if value.device.type == "cpu" else None
+    return found

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from compress.errors import ArtifactError
 from compress.runtime.manifest import Manifest
 from compress.runtime.sizes import described
 from compress.runtime.values import class_output
 
-__all__ = ["check_classes", "scores"]
+__all__ = ["check_classes", "check_scores", "scores"]
 
 _NOT_ONE_OF_SEVERAL = ("multilabel", "regression")  # tasks, whose outputs have such a shape, too
 
@@ -31,6 +33,24 @@ def check_classes(manifest: Manifest) -> None:
             f"{manifest.name}: expected an output of shape (N, classes) to predict a label of each sample, got "
             f"{described(output)}{which} for the task {task!r}. Call the model itself, "
             "compress.load(ARTIFACT)(inputs), for its outputs as they are."
+        )
+
+
+def check_scores(logits: np.ndarray, manifest: Manifest) -> None:
+    """Make sure that every sample has a class that is more likely than others; some may have a score of minus infinity.
+
+    Args:
+        logits: Shape (N, classes).
+        manifest: Of the artefact.
+
+    Raises:
+        ArtifactError: when a score is NaN or infinity, or all of a sample are minus infinity.
+    """
+    known = np.isfinite(logits.max(-1))  # NaN where one is
+    if not known.all():
+        raise ArtifactError(
+            f"{manifest.name}: expected finite scores of classes, got {logits.max(-1)[~known][0]} for sample "
+            f"{int(np.argmin(known))}. Look at its values: the network was trained with others."
         )
 
 

@@ -12,7 +12,7 @@ from compress.runtime.manifest import Manifest, TensorSpec, preprocesses_text
 from compress.runtime.sizes import described
 from compress.runtime.text import Encode
 
-__all__ = ["Raw", "check_tokenizer", "in_order", "preprocess", "raw_inputs"]
+__all__ = ["Raw", "check_dense", "check_tokenizer", "in_order", "preprocess", "raw_inputs"]
 
 Raw = np.ndarray | Sequence[str] | Mapping[str, np.ndarray]
 """Samples as they are stored: an array, texts, or an array for each input by its name."""
@@ -72,7 +72,9 @@ def preprocess(raw: Any, manifest: Manifest) -> np.ndarray:
         return _cast(raw, spec)
     wide = (1, -1) + (1,) * (raw.ndim - 2)
     mean, std = (np.asarray(steps[key], dtype=np.float32).reshape(wide) for key in ("mean", "std"))
-    return ((raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std).astype(spec.dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = (raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std
+    return _cast(values, spec)
 
 
 def in_order(given: Mapping[str, Any] | Sequence[Any], manifest: Manifest) -> tuple[Any, ...]:
@@ -103,7 +105,23 @@ def check_tokenizer(manifest: Manifest) -> None:
         )
 
 
+def check_dense(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    """Refuse tensors without memory of their own for every value.
+
+    Raises:
+        ArtifactError: when one is sparse, or on the meta device.
+    """
+    for spec, value in zip(specs, inputs):
+        layout, device = str(value.layout), value.device.type
+        if layout != "torch.strided" or device == "meta":
+            got = layout if device != "meta" else "one on the meta device"
+            raise ArtifactError(f"{spec.name}: expected a dense tensor with values, got {got}. Convert it.")
+
+
 def _numbers(raw: Any, spec: TensorSpec) -> np.ndarray:
+    if hasattr(raw, "detach"):
+        check_dense([raw], [spec])
+        raw = raw.detach().cpu()
     try:
         array = np.asarray(raw)
     except ValueError as error:  # lists of several lengths
@@ -115,10 +133,15 @@ def _numbers(raw: Any, spec: TensorSpec) -> np.ndarray:
 
 def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     try:
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore", over="ignore"):
             cast = array.astype(spec.dtype)
     except (TypeError, ValueError) as error:
         raise ArtifactError(f"{spec.name}: expected numbers, got {error}. Correct them.") from error
     if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
         raise ArtifactError(f"{spec.name}: expected whole numbers of {spec.dtype}, got others. Give tokens, say.")
+    if cast.dtype.kind == "f" and not np.isfinite(cast).all():  # what engines make of them differs
+        first = int(np.argwhere(~np.isfinite(cast))[0][0])
+        raise ArtifactError(
+            f"{spec.name}: expected numbers that {spec.dtype} holds, got NaN or infinity in sample {first}. Correct it."
+        )
     return cast

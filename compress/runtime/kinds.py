@@ -50,6 +50,8 @@ def check_content(content: Mapping[str, Any]) -> None:
     check_kinds(content, _CONTENT, _MORE_CONTENT)
     if content.get("max_batch") is not None and content["max_batch"] < 1:
         raise ValueError(f"max_batch {content['max_batch']}")
+    if not all(isinstance(label, str) for label in content.get("labels") or []):
+        raise TypeError("labels are not all of type str")
     for edit in content["history"]:
         check_kinds({"an edit of history": edit}, {"an edit of history": dict})
         check_kinds(edit, _EDIT, _MORE_OF_EDIT)

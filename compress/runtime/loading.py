@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from math import inf
 from pathlib import Path
 
 from compress.errors import ArtifactError, CompressError, EngineError, MissingPackageError
-from compress.measure.machine import describe_machine, gpus, has_cuda, user_cache
-from compress.runtime.dispatch import BUCKETS, Times, choose, measure
+from compress.measure.machine import has_cuda
+from compress.runtime.dispatch import choose, measure
 from compress.runtime.engines import (
     ENGINES,
     READS,
@@ -26,8 +25,9 @@ from compress.runtime.engines import (
 )
 from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text
+from compress.runtime.memory import Memory
 from compress.runtime.model import CompactModel
-from compress.runtime.outputs import check_number
+from compress.runtime.outputs import check_outputs
 from compress.runtime.requirements import why_not
 from compress.runtime.text import Encode, make_encoder
 from compress.runtime.trust import Signed, read_signed
@@ -42,6 +42,7 @@ def load(
     engine: str = "auto",
     num_threads: int | None = None,
     trust: bool = False,
+    measure_again: bool = False,
 ) -> CompactModel:
     """Load an artefact whose every file is the one that was exported, by SHA-256.
 
@@ -57,6 +58,7 @@ def load(
             within 3 % of the others. What was measured is remembered for this machine and artefact.
         num_threads: Threads of one call; for torch's engines this sets the number for the whole process.
         trust: Let files run code though the artefact was built elsewhere: you know who made it.
+        measure_again: Measure the engines though that has been done here: the machine was busy then, say.
 
     Raises:
         ArtifactError: when the artefact is damaged, or has no engine that can run here.
@@ -64,8 +66,10 @@ def load(
     directory = Path(path)
     if device not in ("auto", "cpu", "cuda"):
         raise ArtifactError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}. Use 'auto'.")
-    if num_threads is not None and num_threads < 1:
-        raise ArtifactError(f"num_threads: expected at least 1, got {num_threads}. Leave it out for the default.")
+    if num_threads is not None and (type(num_threads) is not int or num_threads < 1):
+        raise ArtifactError(
+            f"num_threads: expected a whole number of at least 1, got {num_threads!r}. Leave it out for the default."
+        )
     signed, checked = _read_checked(directory)
     manifest, trusted = signed.manifest, signed.ours or trust
     if engine == "auto":
@@ -80,27 +84,30 @@ def load(
         file = checked.pop(target, None) or check_file(directory, manifest.targets[target])
         engine = make_engine(name, file, num_threads=threads)
         # An engine may take a file and not run it, and the first call is slow.
-        check_number(example_call(engine, manifest, 1)(), manifest, name)
+        check_outputs(example_call(engine, manifest, 1)(), manifest, name)
         return engine
 
     reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
-    memory = _Memory(signed, able, num_threads)
-    times, failed = memory.read() if len(able) > 1 else ({}, [])
-    reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
-    able = [name for name in able if name not in failed]
-    winners = sorted(set(choose(times).values()), key=able.index) if times else able
-    loaded = _load_each(winners, make, reasons)
-    unmeasured = [name for name in able if times and name not in times[1]]
-    again = _load_each(unmeasured, make, reasons)
-    if again or len(loaded) < len(winners):  # what could not be loaded before can now, or the other way round
-        others = [name for name in able if name not in (*winners, *unmeasured)]
-        times, loaded = {}, loaded | again | _load_each(others, make, reasons)
-    if not times and len(loaded) > 1:
-        times, fails = measure(loaded, manifest)
-        reasons |= fails
-        loaded = {name: run for name, run in loaded.items() if name not in fails}
-        memory.write({size: {**row, **dict.fromkeys(fails, inf)} for size, row in times.items()})
+    memory = Memory([signed.signature["sha256"], able], able, num_threads)
+    times, failed = memory.read() if len(able) > 1 and not measure_again else ({}, [])
+    with memory.alone() if len(able) > 1 and not times else nullcontext():
+        if not times and not measure_again:
+            times, failed = memory.read()  # another process may have measured meanwhile
+        reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
+        able = [name for name in able if name not in failed]
+        winners = sorted(set(choose(times).values()), key=able.index) if times else able
+        loaded = _load_each(winners, make, reasons)
+        unmeasured = [name for name in able if times and name not in times[1]]
+        again = _load_each(unmeasured, make, reasons)
+        if again or len(loaded) < len(winners):  # what could not be loaded before can now, or the other way round
+            others = [name for name in able if name not in (*winners, *unmeasured)]
+            times, loaded = {}, loaded | again | _load_each(others, make, reasons)
+        if not times and len(loaded) > 1:
+            times, fails = measure(loaded, manifest)
+            reasons |= fails
+            loaded = {name: run for name, run in loaded.items() if name not in fails}
+            memory.write({size: {**row, **dict.fromkeys(fails, inf)} for size, row in times.items()})
     if loaded and engine == "auto":  # nobody has asked for what has no target of its own
         reasons = {name: reason for name, reason in reasons.items() if name not in READS}
     why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -108,7 +115,7 @@ def load(
         warnings.warn(
             f"device: expected an engine on a GPU, got none ({why or 'no GPU'}); the CPU serves", stacklevel=2
         )
-        return load(path, "cpu", num_threads=num_threads, trust=trust)
+        return load(path, "cpu", num_threads=num_threads, trust=trust, measure_again=measure_again)
     if not loaded:
         raise ArtifactError(
             f"{manifest.name}: expected an engine that runs here, got none ({why}). "
@@ -206,45 +213,3 @@ def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dic
         except Exception as error:  # a library that cannot load its file raises anything
             reasons[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
     return loaded
-
-
-class _Memory:
-    """Remembers how fast the engines of an artefact are on this machine, in the user's cache folder."""
-
-    def __init__(self, signed: Signed, usable: Sequence[str], num_threads: int | None) -> None:
-        what = [
-            signed.signature["sha256"],
-            list(usable),
-            num_threads,
-            describe_machine(),
-            gpus(),
-            BUCKETS,
-        ]
-        key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:32]
-        self._file = user_cache() / "engines" / f"{key}.json"
-        self._usable = frozenset(usable)
-
-    def read(self) -> tuple[Times, list[str]]:
-        """Return what was measured, and the engines that did not run then; nothing where that cannot be read."""
-        try:
-            content = json.loads(self._file.read_bytes())
-            times = {int(size): {str(k): float(v) for k, v in row.items()} for size, row in content.items()}
-        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
-            return {}, []
-        names = set(times.get(1, {}))
-        alike = all(set(row) == names for row in times.values()) and min(times, default=0) == 1
-        positive = all(value > 0 for row in times.values() for value in row.values())
-        failed = [name for name in names if any(row.get(name) == inf for row in times.values())]
-        if not (alike and positive and len(names) > max(1, len(failed)) and names <= self._usable):
-            return {}, []
-        return {size: {n: ms for n, ms in row.items() if n not in failed} for size, row in times.items()}, failed
-
-    def write(self, times: Times) -> None:
-        """Keep what was measured, where the folder can be written."""
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self._file.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(times))
-            os.replace(temporary, self._file)
-        except OSError:
-            pass  # a read-only home: measured again next time

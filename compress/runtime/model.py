@@ -10,11 +10,11 @@ import numpy as np
 
 from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
-from compress.runtime.buffers import check_buffers, fill
-from compress.runtime.classes import check_classes, scores
+from compress.runtime.buffers import check_buffers, fill, may_overlap
+from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.dispatch import Times, picker
 from compress.runtime.engines import Engine
-from compress.runtime.inputs import in_order, raw_inputs
+from compress.runtime.inputs import check_dense, in_order, raw_inputs
 from compress.runtime.manifest import Manifest
 from compress.runtime.outputs import arranger, call, join, kind_of
 from compress.runtime.sizes import described, wrong_size
@@ -114,13 +114,14 @@ class CompactModel:
             Labels (class numbers where the manifest has none), and probabilities of shape (N, classes).
 
         Raises:
-            ArtifactError: when that output is not of shape (N, classes), the shape of the values does not fit, or the
-                artefact holds no tokenizer for texts.
+            ArtifactError: when that output is not of shape (N, classes), the shape of the values does not fit, values
+                or what the network makes of them are not finite, or the artefact holds no tokenizer for texts.
             MissingPackageError: when texts are given and ``tokenizers`` is not installed.
         """
         check_classes(self.manifest)
         outputs = self(*raw_inputs(raw, self.manifest, self._encode))
         logits = np.asarray(scores(outputs, self.manifest), dtype=np.float64)
+        check_scores(logits, self.manifest)
         exponents = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities = exponents / exponents.sum(-1, keepdims=True)
         best = probabilities.argmax(-1)
@@ -194,6 +195,8 @@ class CompactModel:
 
     def _into(self, inputs: Sequence[Any], out: Any, num: int, largest: int) -> Any:
         buffers = check_buffers(out, self.manifest, kind_of(inputs[0]), num)
+        if may_overlap(inputs, buffers):  # else an engine that writes there as it computes would read what it wrote
+            inputs = [value.copy() if isinstance(value, np.ndarray) else value.clone() for value in inputs]
         if num <= largest:
             fill(self._runs[self._pick(num)], inputs, buffers, self.manifest)
             return out
@@ -219,6 +222,8 @@ class CompactModel:
         kinds = {kind_of(value) for value in inputs}
         if kinds not in ({"numpy"}, {"torch"}):
             raise ArtifactError(f"inputs: expected arrays or tensors, got {', '.join(sorted(kinds))}. Convert them.")
+        if "torch" in kinds:
+            check_dense(inputs, specs)
         if len({len(value) if value.ndim else 0 for value in inputs}) > 1:
             raise ArtifactError("inputs: expected the same batch size for all, got several. Cut or repeat them.")
         for spec, value in zip(specs, inputs):

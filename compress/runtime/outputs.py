@@ -11,8 +11,9 @@ import numpy as np
 from compress.errors import ArtifactError
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest
+from compress.runtime.sizes import described
 
-__all__ = ["arranger", "call", "check_number", "join", "kind_of"]
+__all__ = ["arranger", "call", "check_outputs", "join", "kind_of"]
 
 
 def arranger(structure: str | None, names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
@@ -80,8 +81,8 @@ def kind_of(value: Any) -> str:
     return "torch" if hasattr(value, "detach") else type(value).__name__
 
 
-def check_number(outputs: Sequence[Any], manifest: Manifest, engine: str) -> None:
-    """Make sure that an engine gives as many outputs as the manifest names.
+def check_outputs(outputs: Sequence[Any], manifest: Manifest, engine: str) -> None:
+    """Make sure that an engine gives the outputs that the manifest names, of their shapes and dtypes.
 
     Args:
         outputs: What it gave.
@@ -97,3 +98,11 @@ def check_number(outputs: Sequence[Any], manifest: Manifest, engine: str) -> Non
             f"{manifest.name}: expected {len(manifest.outputs)} outputs of {engine} ({names}), got {len(outputs)}. "
             "Export again."
         )
+    for spec, value in zip(manifest.outputs, outputs):
+        shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
+        fits = len(shape) == len(spec.shape) and all(wanted in (None, size) for wanted, size in zip(spec.shape, shape))
+        if not fits or dtype != spec.dtype:
+            raise ArtifactError(
+                f"{manifest.name}: expected {spec.name} of {engine} as {spec.dtype} of shape {described(spec)}, got "
+                f"{dtype} of shape {shape}. Export again."
+            )

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,49 @@ def test_another_number_of_threads_is_measured_anew(timed: list[set[str]]) -> No
     assert len(timed) == 2
 
 
+def test_another_number_of_torchs_threads_is_measured_anew(timed: list[set[str]]) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 1, 3, 1, 3):
+            torch.set_num_threads(threads)
+            load(artifact())
+    finally:
+        torch.set_num_threads(before)
+    assert len(timed) == 2
+
+
+def test_a_measurement_can_be_asked_for_again(timed: list[set[str]]) -> None:
+    for again in (False, True, False):
+        load(artifact(), measure_again=again)
+    assert len(timed) == 2
+
+
+def test_two_at_once_measure_in_turn(timed: list[set[str]]) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(load, [artifact()] * 2))
+    assert len(timed) == 1  # the second has waited, and read what the first found
+    assert models[0].times == models[1].times
+
+
+@pytest.mark.parametrize("wrong", [{"shape": [None, 1]}, {"shape": [None, 3, 1]}, {"dtype": "int32"}])
+def test_outputs_that_are_not_the_networks_are_refused(copy: Path, wrong: dict[str, Any]) -> None:
+    edit(copy, lambda content: content["outputs"][0].update(wrong))
+    with pytest.raises(ArtifactError, match=r"expected output of onnxruntime as .* got float32 of shape \(1, 3\)"):
+        load(copy, engine="onnxruntime")
+
+
+def test_labels_are_names(copy: Path) -> None:
+    edit(copy, lambda content: content.update(labels=["a", 1, "c"]))
+    with pytest.raises(ArtifactError, match="labels"):
+        load(copy)
+
+
+@pytest.mark.parametrize("threads", [0, 1.5, "2", True])
+def test_threads_are_a_whole_number(threads: Any) -> None:
+    with pytest.raises(ArtifactError, match="num_threads: expected a whole number of at least 1, got"):
+        load(artifact(), num_threads=threads)
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -211,7 +255,7 @@ def test_an_engine_can_be_named(engine: str, timed: list[set[str]]) -> None:
     [
         ({"engine": "quantum"}, f"expected one of {', '.join(HERE)}, got 'quantum'"),
         ({"device": "tpu"}, "got 'tpu'"),
-        ({"num_threads": 0}, "expected at least 1, got 0"),
+        ({"num_threads": 0}, "expected a whole number of at least 1, got 0"),
     ],
 )
 def test_wrong_arguments_are_named(arguments: dict[str, Any], message: str) -> None:

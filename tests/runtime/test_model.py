@@ -3,16 +3,20 @@ from __future__ import annotations
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compress.errors import ArtifactError
+from compress.export import export_artifact
 from compress.runtime import CompactModel, load
 from compress.runtime.inputs import preprocess
 from compress.runtime.manifest import Manifest, TensorSpec
+from compress.surgery.capture import export_program
 from tests.export.programs import HERE, LABELS, artifact, quantized
 
 ENGINE_NAMES = HERE
@@ -44,6 +48,21 @@ def test_a_buffer_takes_a_batch_in_parts() -> None:
     out = np.zeros((10, 3), dtype=np.float32)
     assert doubling()(np.ones((10, 3), dtype=np.float32), out=out) is out
     assert (out == 2).all()
+
+
+def test_a_buffer_may_lie_where_the_input_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = nn.Linear(64, 64).eval(), torch.randn(12, 64)
+    program = export_program(network, [x[:2]], largest_batch=8)
+    export_artifact(program, tmp_path / "a", targets=["onnxruntime"], reference=network, held_out=[x[:8]])
+    model = load(tmp_path / "a")  # computes into the buffer
+    with torch.no_grad():
+        wanted = network(x)
+    for as_input in (torch.Tensor.clone, lambda value: value.numpy().copy()):
+        same = as_input(x)
+        torch.testing.assert_close(torch.as_tensor(model(same, out=same)), wanted, rtol=1e-4, atol=1e-5)
+        moved = as_input(torch.cat([x, x[:1]]))  # the second part of the batch would read what the first has written
+        torch.testing.assert_close(torch.as_tensor(model(moved[:-1], out=moved[1:])), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +167,8 @@ def test_memory_layout_makes_no_difference(model: CompactModel) -> None:
         ((np.ones((2, 1, 8, 8)),), "x: expected dtype float32, got float64"),
         ((torch.ones(2, 1, 8, 8, dtype=torch.bfloat16),), "got bfloat16"),
         (([[1.0]],), "inputs: expected arrays or tensors, got list"),
+        ((torch.ones(2, 1, 8, 8).to_sparse(),), "x: expected a dense tensor with values, got torch.sparse_coo"),
+        ((torch.ones(2, 1, 8, 8, device="meta"),), "got one on the meta device"),
     ],
 )
 def test_wrong_inputs_are_named(inputs: tuple[Any, ...], message: str) -> None:
@@ -254,11 +275,28 @@ def test_predict_takes_raw_values(model: CompactModel) -> None:
         (np.full((2, 8, 8), "7"), "x: expected numbers, got an array of <U1"),
         ([[1.0, 2.0], [3.0]], "x: expected numbers, got"),
         ([None], "x: expected numbers, got an array of object"),
+        (
+            np.stack([np.ones((8, 8)), np.full((8, 8), np.nan)]),
+            "x: expected numbers that float32 holds, got NaN or .* 1",
+        ),
+        (np.full((2, 8, 8), 1e300), "got NaN or infinity in sample 0"),
+        (torch.ones(2, 8, 8, device="meta"), "x: expected a dense tensor"),
     ],
 )
 def test_raw_values_that_do_not_fit_are_named(raw: Any, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         load(artifact(), engine="onnxruntime").predict(raw)
+
+
+def test_predict_takes_tensors_that_have_a_gradient() -> None:
+    assert doubling().predict(torch.tensor([[0.0, 9.0, 1.0]], requires_grad=True))[0] == [1]
+
+
+@pytest.mark.parametrize("raw", [[[1.0, 3e38, 1.0]], [[-3e38, -3e38, -3e38]]])
+def test_scores_that_are_not_finite_give_no_label(raw: list[list[float]]) -> None:
+    with pytest.raises(ArtifactError, match=r"doubling: expected finite scores of classes, got -?inf for sample 1"):
+        doubling().predict(np.array([[0.0, 9.0, 1.0], *raw], np.float32))
+    assert doubling().predict(np.array([[0.0, -3e38, 1.0]], np.float32))[0] == [2]  # a class that cannot be
 
 
 def test_preprocessing_is_by_channel() -> None:

@@ -206,6 +206,10 @@ def test_equal_values_are_computed_once() -> None:
     assert count(left, _ATEN.exp.default) == count(left, _ATEN.sin.default) == 1
 
 
+def test_constants_of_other_types_are_other_constants() -> None:
+    check(merge_duplicates, Function(lambda x: (x + 1) // 2 + (x + 1.0) / 2), torch.arange(6), changes=0)
+
+
 def test_random_values_are_drawn_each_time() -> None:
     graph_module, _ = captured(Function(lambda x: torch.rand_like(x) - torch.rand_like(x)), torch.randn(4, 3))
     assert merge_duplicates(graph_module) == 0

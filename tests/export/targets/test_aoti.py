@@ -165,7 +165,8 @@ def test_sums_behind_activations_are_compiled(tmp_path: Path) -> None:
 def test_no_call_lays_out_weights_anew(scheme: str | None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     # Of one channel, whose two orders of dimensions are the same and mean different orders of what is made of it.
-    network = nn.Sequential(nn.Conv2d(1, 48, 3, padding=1, stride=4), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1)).eval()
+    layers = nn.Conv2d(1, 48, 3, padding=1, stride=4), nn.ReLU(), nn.Conv2d(48, 48, 3, padding=1)
+    network: nn.Module = nn.Sequential(*layers).eval()
     inputs = torch.randn(2, 1, 8, 8)
     if scheme:
         prepared = prepare(network, [inputs], scheme)
