@@ -18,7 +18,7 @@ from compress.quantize.calibrate import calibrate
 from compress.quantize.checks import check_progress, check_settings, check_stages
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
 from compress.quantize.layers import make_assignment, write_assignment
-from compress.quantize.parametrize import freeze
+from compress.quantize.parametrize import begin_rounding, freeze
 from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
 from compress.quantize.ranks import follow_first_rank
@@ -228,7 +228,12 @@ class QuantizationAwareTraining(ModelEditor):
         self._trained = None
         if _is_quantized(pl_module):
             network = self.network(pl_module)
-            self._set_rounding(network, 1.0)
+            if begin_rounding(network):
+                rank_zero_warn(
+                    f"quantize.observe: expected training to go beyond {self.start + self.observe:g} of its steps, and "
+                    f"it ended before: {self.attribute} is rounded now, but has not been trained so. Observe for "
+                    "less, or train longer."
+                )
             self._set_bits(network, 1.0)
             self._trained = network, list(history_of(pl_module))[-1]
 

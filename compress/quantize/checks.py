@@ -41,6 +41,11 @@ def check_progress(start: float, observe: float, freeze: float) -> None:
             f"quantize.observe: expected a value in [0, {most:g}], from start to freeze_batchnorm, got {observe}. "
             "Use 0.05, say, or leave it out."
         )
+    if observe > 0 and round(start + observe, 9) >= 1:
+        raise RecipeError(
+            f"quantize.observe: expected a value below {round(1 - start, 9):g}, so that training rounds before it "
+            f"ends, got {observe}. Use 0.05, say, or leave it out."
+        )
 
 
 def check_settings(

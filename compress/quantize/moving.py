@@ -52,6 +52,18 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         self._narrow()
         return self._round(x)
 
+    @torch.no_grad()
+    def follow(self) -> bool:
+        """Set the scale by the range, as the next pass in evaluation would, and say whether one is known."""
+        high = self.activation_post_process.max_val
+        if not (high.numel() and _is_finite(high)):
+            return False
+        observes = self.observer_enabled.clone()
+        self.observer_enabled[0] = 0
+        self(high.new_zeros([*[1] * self.ch_axis, len(high), 1] if self.is_per_channel else [1]))
+        self.observer_enabled.copy_(observes)
+        return True
+
     def _kernel(self, x: Tensor) -> Tensor:
         """Leave all to the fused kernel, but for NaN, of which it makes an integer where ranges stand still."""
         observer = self.activation_post_process

@@ -26,7 +26,7 @@ from compress.quantize.specs import activation_spec, fake_quantizer, weight_spec
 from compress.surgery import Captured
 from compress.surgery.capture import export_program
 
-__all__ = ["check_schemes", "freeze", "make_permanent", "parametrize", "rounded_layers"]
+__all__ = ["begin_rounding", "check_schemes", "freeze", "make_permanent", "parametrize", "rounded_layers"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -107,6 +107,24 @@ def freeze(network: nn.Module, frozen: bool) -> None:
             module.training = False
 
 
+def begin_rounding(network: nn.Module) -> bool:
+    """Let fake quantizers that observe alone round, by what they have seen; say whether there were any.
+
+    In training, the next batch makes a scale of a range. Where a fit or what a checkpoint holds ends while ranges alone
+    are learned there is none, and scales are still those that fake quantizers are made with.
+
+    Args:
+        network: From ``prepare`` or ``parametrize``.
+    """
+    modules: list[Any] = [module for module in network.modules() if hasattr(module, "fake_quant_enabled")]
+    waiting = [module for module in modules if not module.fake_quant_enabled[0]]
+    for module in waiting:
+        module.fake_quant_enabled[0] = 1
+        if hasattr(module, "follow"):
+            module.follow()
+    return bool(waiting)
+
+
 def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     """Turn fake quantization into integers times scales; the argument stays as it is.
 
@@ -126,6 +144,7 @@ def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     """
     check_numbers(network)
     twin = copy.deepcopy(network).cpu().eval()
+    begin_rounding(twin)
     for layer in rounded_layers(twin).values():
         _store(layer)
     fast = torch.backends.mha.get_fastpath_enabled()

@@ -21,7 +21,7 @@ from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_fold
 from compress.quantize.fusion import fused_kinds_alone
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
 from compress.quantize.normalize import normalize
-from compress.quantize.parametrize import make_permanent, parametrize
+from compress.quantize.parametrize import begin_rounding, make_permanent, parametrize
 from compress.quantize.quantizer import make_quantizer, resolve_layers, rounds_attention, without_dynamic_notes
 from compress.quantize.schemes import Scheme
 from compress.quantize.specs import guard_ranges
@@ -140,6 +140,7 @@ def convert(prepared: Captured) -> Captured:
     check_ranges(prepared.graph_module)
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
+    begin_rounding(twin.graph_module)
     _as_trained(twin.graph_module)
     fold_norms(twin.graph_module)
     store_weights(twin.graph_module)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import copy
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from compress.distill import Classification, Distiller
 from compress.errors import EditError, RecipeError
-from compress.quantize import QuantizationAwareTraining, replay_quantize
+from compress.quantize import QuantizationAwareTraining, deployed_form, replay_quantize
 from compress.quantize.calibrate import float_mode
+from compress.quantize.pt2e import example_tensors
 from compress.surgery import Captured, history_of
 from tests.networks import Residual, images, loader, trainer
 
@@ -151,6 +154,10 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
             {"observe": 0.3},
             r"quantize\.observe: expected a value in \[0, 0\.2\], from start to freeze_batchnorm, got 0\.3",
         ),
+        (
+            {"start": 0.25, "observe": 0.75, "freeze_batchnorm": 1.0},
+            r"quantize\.observe: expected a value below 0\.75, so that training rounds before it ends, got 0\.75",
+        ),
         ({"observe": 0.1, "learn_steps": True}, r"quantize\.observe: expected none beside learn_steps"),
         ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
@@ -219,6 +226,48 @@ def test_at_first_ranges_alone_are_learned() -> None:
     assert max(lost[:4]) == 0 < min(lost[4:])
     ranges: list[Any] = [each for each in module.student.modules() if hasattr(each, "activation_post_process")]
     assert all(torch.isfinite(each.activation_post_process.min_val).all() for each in ranges)
+
+
+class Stop(Callback):
+    """Ends a fit early, as EarlyStopping and limits of time do, and keeps what a checkpoint would hold of it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+        self.state: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.state = copy.deepcopy(dict(pl_module.student.state_dict()))  # type: ignore[operator, union-attr]
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("scheme", "fallback"), [("int8", None), ("int8", "parametrize"), ("w4a8", None)])
+def test_a_fit_that_ends_while_ranges_alone_are_learned_converts_by_them(scheme: str, fallback: str | None) -> None:
+    module, stop = classifier(), Stop(8)
+    if fallback is not None:
+        module.student.forward = types.MethodType(_branching, module.student)  # type: ignore[method-assign]
+    callback = QuantizationAwareTraining(scheme, start=0.25, observe=0.5, freeze_batchnorm=0.9, fallback=fallback)
+    with pytest.warns(UserWarning, match=r"quantize\.observe: expected training to go beyond 0\.75 of its steps"):
+        trainer(max_epochs=4, callbacks=[callback, stop]).fit(module, loader())
+    x, network = images(64, seed=1)[0], module.student.eval()
+    assert isinstance(network, Captured) == (fallback is None)
+    (edit,) = history_of(module)
+    saved = replay_quantize(classifier().student, edit)
+    saved.load_state_dict(stop.state)
+    with torch.no_grad():
+        converted, from_saved = callback.converted(x), deployed_form(saved, example_tensors(edit))(x)
+        assert torch.equal(from_saved, converted)
+        assert _distance(converted, network(x)) < 2e-3
+        with float_mode(network):
+            assert 0 < _distance(converted, network(x)) < 0.3  # weights and ranges have moved for four steps
+
+
+def _branching(self: Residual, x: Tensor) -> Tensor:
+    return Residual.forward(self, x if x.mean() > 100 else x + 0)
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 def test_a_checkpoint_of_the_last_epoch_can_be_converted(tmp_path: Path) -> None:
