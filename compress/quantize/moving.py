@@ -40,7 +40,7 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         if self.is_per_channel or not self.fake_quant_enabled:
             if not _is_finite(torch.stack(torch.aminmax(seen))):
                 return x
-            rounded = super().forward(x)
+            rounded = self._fused(x)
             return self._round(x) if self._narrow() else rounded
         extremes = torch.stack(torch.aminmax(seen)) if self.observer_enabled else seen.new_zeros(1)
         if not _is_finite(extremes):
@@ -69,9 +69,31 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         observer = self.activation_post_process
         buffers = observer.min_val, observer.max_val, self.scale, self.zero_point
         before = [buffer.clone() for buffer in buffers]
-        rounded: Tensor = super().forward(x)
+        rounded = self._fused(x)
         keep_finite(buffers, before)
         return torch.where(x.isnan(), x, rounded)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """Call PyTorch's kernel, which finds ranges of channels in the first dimension alone."""
+        if not self.is_per_channel or self.ch_axis == 0:
+            return super().forward(x)  # type: ignore[no-any-return]
+        axis, observer = self.ch_axis, self.activation_post_process
+        rounded: Tensor = torch.fused_moving_avg_obs_fake_quant(
+            x.movedim(axis, 0).contiguous(),
+            self.observer_enabled,
+            self.fake_quant_enabled,
+            observer.min_val,
+            observer.max_val,
+            self.scale,
+            self.zero_point,
+            observer.averaging_constant,
+            self.quant_min,
+            self.quant_max,
+            0,
+            True,
+            self.is_symmetric_quant,
+        )
+        return rounded.movedim(0, axis)
 
     def _narrow(self) -> bool:
         """Make steps as small as the range asks, where the kernel has made larger ones; say whether it had."""

@@ -149,6 +149,36 @@ def test_numbers_are_those_of_integer_arithmetic(layer: nn.Module, shape: tuple[
     assert torch.allclose(integers["0.stored_weight.scale"], step_w)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int8_portable", "int8_reduced", "w4a8"])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_a_transposed_convolution_trains_with_a_range_for_each_output_channel(
+    scheme: str, compiling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Compiled, all is left to PyTorch's kernel, as on a GPU.
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    torch.manual_seed(0)
+    x, up = torch.randn(8, 3, 8, 8), nn.ConvTranspose2d(8, 6, 3)
+    with torch.no_grad():
+        up.weight[:, 2] *= 10
+    module = parametrize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), up), make_assignment(scheme)).train()
+    weight = up._parameters["weight"]
+    assert weight is not None
+    before, optimizer = weight.detach().clone(), torch.optim.SGD(module.parameters(), lr=0.1)
+    module(x).square().mean().backward()
+    optimizer.step()
+    assert (weight != before).any((0, 2, 3)).all()
+    module(x).square().mean().backward()
+    fake: Any = up.weight_fake_quant
+    assert fake.scale.shape == (6,)
+    assert int(fake.scale.argmax()) == 2
+    with torch.no_grad():
+        error = (up.weight - weight).abs().amax((0, 2, 3))
+        assert (error <= 1.01 * fake.scale).all()
+        monkeypatch.undo()
+        trained = module.eval()(x)
+        assert torch.allclose(make_permanent(module, [x[:2]])(x), trained, atol=1e-5)
+
+
 @pytest.fixture(scope="module")
 def locked() -> nn.Module:
     """A network after some steps, BatchNorm still at the end, with one norm's scale below zero."""
