@@ -143,6 +143,10 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
             r"export\.targets: expected one that computes in integers \(aoti, .*\), got eager\. Add",
         ),
         (
+            ["--quantize.scheme", "int8_weights", "--quantize.layers", "{fc: int8}", "--export.targets", "[eager]"],
+            r"export\.targets: expected one that computes in integers \(aoti, .*\), got eager\. Add",
+        ),
+        (
             ["--teacher", "self", "--prune", "null", "--quantize.start", "1"],
             r"teacher: expected an edit during the fit \(prune or quantize\), .*, got no such section",
         ),

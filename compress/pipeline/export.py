@@ -47,6 +47,8 @@ def export(run: RunDirectory) -> None:
         )
     _check_engines(quantized, settings.targets)
     metrics = run.read_json("test")["final"] if (run.path / "test.json").exists() else {}
+    if quantized is not None and (note := _dropped_gate(quantized, settings.min_int8_fraction)):
+        run.console.print(note, soft_wrap=True)
     fresh = run.path / "artifact.new"
     shutil.rmtree(fresh, ignore_errors=True)
     manifest = export_artifact(
@@ -60,8 +62,7 @@ def export(run: RunDirectory) -> None:
         gates=Gates(
             max_relative_error=settings.max_relative_error,
             min_top1_agreement=settings.min_top1_agreement,
-            # A scheme that leaves products in floating point has no integer kernels to be missed.
-            min_int8_fraction=settings.min_int8_fraction if quantized and quantized.scheme.has_kernels else 0,
+            min_int8_fraction=settings.min_int8_fraction if quantized and quantized.has_kernels else 0,
         ),
         metadata={
             "name": run.recipe.name,
@@ -117,6 +118,17 @@ def convert(
             f"{type(error).__name__}: {error}. Export again."
         ) from error
     return add_targets(path, targets, inputs=inputs, options=options, replace=replace, trust=trust, progress=True)
+
+
+def _dropped_gate(quantized: Assignment, wanted: float) -> str | None:
+    """Say that integer kernels are not asked for where no engine has any to be missed."""
+    if quantized.has_kernels or wanted == 0:
+        return None
+    names = ", ".join(scheme.name for scheme in quantized.schemes)
+    return (
+        f"export.min_int8_fraction: {wanted:g} is not asked of this network. No engine that runs its schemes ({names}) "
+        "multiplies in integers."
+    )
 
 
 def _check_engines(quantized: Assignment | None, targets: Sequence[str]) -> None:

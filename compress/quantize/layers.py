@@ -40,6 +40,11 @@ class Assignment:
         """Whether most products take integers, for which a compiled graph then has kernels."""
         return self.scheme.integer_products
 
+    @property
+    def has_kernels(self) -> bool:
+        """Whether some engine that runs every scheme computes the products of one of them in integers."""
+        return any(scheme.has_kernels for scheme in self.schemes) and all(scheme.has_engines for scheme in self.schemes)
+
     def resolve(
         self, names: Sequence[str], lookups: Sequence[str] = (), attentions: Sequence[str] = ()
     ) -> dict[str, Scheme]:

@@ -68,7 +68,12 @@ class Scheme:
     @property
     def has_kernels(self) -> bool:
         """Whether some engine computes products in integers."""
-        return self.integer_products and self.engines != _NO_KERNEL
+        return self.integer_products and self.has_engines
+
+    @property
+    def has_engines(self) -> bool:
+        """Whether an engine that computes in integers can run it, be it in floats."""
+        return self.engines != _NO_KERNEL
 
     @property
     def fixed_steps(self) -> bool:

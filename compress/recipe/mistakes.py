@@ -70,11 +70,7 @@ def mistakes(recipe: Recipe) -> Iterable[str]:
 
 
 def _float_targets(quantize: QuantizationAwareTraining, export: Export) -> Iterable[str]:
-    if (
-        quantize.assignment.scheme.has_kernels
-        and export.min_int8_fraction > 0
-        and IN_INTEGERS.isdisjoint(export.targets)
-    ):
+    if quantize.assignment.has_kernels and export.min_int8_fraction > 0 and IN_INTEGERS.isdisjoint(export.targets):
         yield (
             f"export.targets: expected one that computes in integers ({', '.join(sorted(IN_INTEGERS))}), got "
             f"{', '.join(export.targets)}. Add one, or set export.min_int8_fraction: 0."

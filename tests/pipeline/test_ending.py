@@ -19,6 +19,7 @@ from compress.models import ResNet
 from compress.pipeline import create_run, export, fit
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize import QuantizationAwareTraining
+from compress.quantize.layers import make_assignment
 from compress.recipe import Export, Recipe
 
 callback: Any = importlib.import_module("compress.quantize.callback")
@@ -119,3 +120,24 @@ def test_a_run_that_ends_before_its_quantization_says_so(tmp_path: Path) -> None
     with pytest.raises(ExportError, match=r"got one in floats: training ended before progress 0\.99, quantize\.start"):
         export(run)
     assert not (tmp_path / "run" / "artifact").exists()
+
+
+@pytest.mark.parametrize(("scheme", "asked"), [("int8", 0.5), ("float", 0.5), ("fp8", 0)])
+def test_the_gate_of_integers_holds_where_any_layer_has_kernels_and_is_not_dropped_in_silence(
+    averaged: RunDirectory, monkeypatch: pytest.MonkeyPatch, scheme: str, asked: float
+) -> None:
+    module, gates = importlib.import_module("compress.pipeline.export"), []
+
+    def refuse(*_: Any, **arguments: Any) -> None:
+        gates.append(arguments["gates"].min_int8_fraction)
+        raise ExportError("")
+
+    monkeypatch.setattr(module, "export_artifact", refuse)
+    monkeypatch.setattr(module, "read_assignment", lambda _: make_assignment(scheme, layers={"fc": "int8"}))
+    monkeypatch.setattr(averaged.recipe.export, "min_int8_fraction", 0.5)
+    monkeypatch.setattr(averaged.console, "quiet", False)
+    with averaged.console.capture() as told, pytest.raises(ExportError):
+        export(averaged)
+    assert gates == [asked]
+    said = "export.min_int8_fraction: 0.5 is not asked of this network. No engine that runs its schemes (fp8, int8)"
+    assert (said in told.get()) == (asked == 0)

@@ -57,6 +57,23 @@ def test_where_no_engine_has_kernels_none_are_asked_for() -> None:
     assert not any(get_scheme(name).has_kernels for name in ("int8_dynamic", "int8_weights", "int16x8", "fp8"))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "layers", "wanted"),
+    [
+        ("int8", {}, True),
+        ("int8", {"fc": "float"}, True),
+        ("float", {"stem": "int8"}, True),
+        ("int8_weights", {"stem": "w4a8"}, True),
+        ("int8_weights", {"stem": "float"}, False),
+        ("fp8", {"stem": "int8"}, False),  # together, they run in PyTorch alone
+        ("int8", {"stem": "int16x8"}, False),
+    ],
+)
+def test_kernels_are_asked_for_where_any_layer_has_some(scheme: str, layers: dict[str, str], wanted: bool) -> None:
+    assignment = make_assignment(scheme, layers=layers)
+    assert assignment.has_kernels == wanted
+
+
 def test_a_scheme_of_the_users_own() -> None:
     mine = Scheme("mine", "3 bits", weight_bits=3, symmetric=True)
     try:
