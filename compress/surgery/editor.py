@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _HISTORY = "_compress_history"
 _KEY = "compress_history"
+_ATTRIBUTE = "_compress_attribute"
 
 
 def history_of(pl_module: pl.LightningModule) -> History:
@@ -153,13 +154,18 @@ class ModelEditor(Callback):
         return find_network(pl_module, self.attribute, who=type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Arrange that a checkpoint's history is replayed before its weights are loaded."""
+        """Arrange that a checkpoint's history is replayed before its weights are loaded.
+
+        Raises:
+            EditError: when the module has no such attribute, or another of its networks is edited, too.
+        """
         self.network(pl_module)
+        editors = [callback for callback in trainer.callbacks if isinstance(callback, ModelEditor)]  # type: ignore[attr-defined]
+        self._check_attribute(pl_module, editors)
         if stage == "fit":
             check_strategy(trainer)
         if "on_load_checkpoint" in pl_module.__dict__:
             return  # another editing callback of this Trainer has done it
-        editors = [callback for callback in trainer.callbacks if isinstance(callback, ModelEditor)]  # type: ignore[attr-defined]
         handlers: dict[str, Handler] = {editor.kind: editor.apply for editor in editors}
         original = pl_module.on_load_checkpoint
 
@@ -179,6 +185,16 @@ class ModelEditor(Callback):
     ) -> None:
         """Put the history into the checkpoint."""
         checkpoint[_KEY] = history_of(pl_module).to_list()
+
+    def _check_attribute(self, pl_module: pl.LightningModule, editors: Sequence[ModelEditor]) -> None:
+        """Refuse a second network: a module has one history, which does not say whose edits it holds."""
+        edited = pl_module.__dict__.get(_ATTRIBUTE)
+        others = [editor.attribute for editor in editors] + ([] if edited is None else [edited])
+        if other := next((name for name in others if name != self.attribute), None):
+            raise EditError(
+                f"{type(self).__name__}.attribute: expected one network for all edits of a LightningModule, got "
+                f"{self.attribute!r} beside {other!r}. Train each in a LightningModule of its own."
+            )
 
     def _replay(
         self,
@@ -211,6 +227,7 @@ def _carry_out(
     setattr(pl_module, attribute, successor(pl_module, holder, edited))
     drop_compiled(pl_module)
     history_of(pl_module).append(edit)
+    pl_module.__dict__[_ATTRIBUTE] = attribute
     kept = edit.data.get("slices", {})
     slices = learned | {f"{attribute}.{inside(holder)}{name}": what for name, what in kept.items()}
     for average in averages:
