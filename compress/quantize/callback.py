@@ -100,7 +100,7 @@ class QuantizationAwareTraining(ModelEditor):
             fallback=fallback,
         )
         if progressive is not None:
-            check_stages(progressive, self.assignment.scheme, round(start + observe, 9), freeze_batchnorm)
+            check_stages(progressive, self.assignment, round(start + observe, 9), freeze_batchnorm)
         self.fallback = fallback
         self.progressive = progressive
         self.start = start
@@ -250,7 +250,9 @@ class QuantizationAwareTraining(ModelEditor):
         if self._grouped is None or self._grouped[0] is not network:
             self._grouped = network, quantizers(network, self.progressive.order)
         for place, group in enumerate(self._grouped[1]):
-            set_bits(group, self.progressive.bits_at(now, place))
+            bits = self.progressive.bits_at(now, place)
+            # In the end each has its own, be they fewer than those of most weights.
+            set_bits(group, 0 if bits == self.progressive.bits[-1] else bits)
 
     def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if _is_quantized(pl_module):

@@ -100,12 +100,29 @@ def check_settings(
         _check_fallback(fallback, assignment, learn_steps=learn_steps, improve=bool(improve))
 
 
-def check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) -> None:
+def check_stages(stages: Stages, assignment: Assignment, start: float, freeze: float) -> None:
     """Make sure that bits fall while ranges are learned, to those of the scheme.
+
+    Args:
+        stages: How many bits from when on.
+        assignment: Schemes of the layers.
+        start: Progress from which on training rounds; 1 for none in integers.
+        freeze: Progress from which on ranges stand still.
 
     Raises:
         RecipeError: when they do not.
     """
+    if start == 1:
+        raise RecipeError(
+            "quantize.progressive: expected training in integers, got start 1. Set start below 1, or leave it out."
+        )
+    if not any(map(_has_few_bits, assignment.schemes)):
+        names = ", ".join(scheme.name for scheme in assignment.schemes)
+        raise RecipeError(
+            f"quantize.progressive: expected a scheme of fewer than 8 bits, since others take no part, got {names}. "
+            "Leave it out, or choose w4a8, say."
+        )
+    scheme = assignment.scheme
     if stages.bits[-1] != scheme.weight_bits:
         raise RecipeError(
             f"quantize.progressive: expected {scheme.weight_bits} bits in the end, those of scheme {scheme.name!r}, "
@@ -116,6 +133,10 @@ def check_stages(stages: Stages, scheme: Scheme, start: float, freeze: float) ->
             f"quantize.progressive.at: expected values in [{start}, {freeze}], from start to freeze_batchnorm, got "
             f"{list(stages.at)}. Ranges stand still on the last bits only."
         )
+
+
+def _has_few_bits(scheme: Scheme) -> bool:
+    return any(bits is not None and bits < 8 for bits in (scheme.weight_bits, scheme.activation_bits))
 
 
 def _check_fallback(fallback: str, assignment: Assignment, **others: bool) -> None:

@@ -28,7 +28,8 @@ class Stages:
     """How many bits from when on (Zhuang et al. 2018, arXiv:1711.00205, section 3.2).
 
     Args:
-        bits: Falling; the last are those of the scheme. What has more in the end than a stage says has its own.
+        bits: Falling; the last are those of the scheme. What has more in the end than a stage says has its own, and so
+            has everything in the last.
         at: Progress in [0, 1] from which on each holds, rising; the first also holds before.
         order: Patterns of layers, those that bear few bits best first: between two stages they change one pattern after
             the other, the last of them when the stage begins. Layers that none matches change with the last.

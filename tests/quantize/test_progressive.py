@@ -204,6 +204,36 @@ def test_each_quantizer_is_in_one_group() -> None:
     assert {id(module) for group in groups for module in group} == {id(module) for module in quantizers(prepared)[0]}
 
 
+@pytest.mark.parametrize(
+    ("scheme", "layers", "bits"),
+    [("w4a2", {}, [8, 4]), ("w4a8", {"3": "w2a8"}, [8, 4]), ("int8", {"3": "w4a8"}, [16, 8]), ("w2a4", {}, [8, 2])],
+)
+def test_in_the_end_each_layer_has_the_bits_of_its_own(scheme: str, layers: dict[str, str], bits: list[int]) -> None:
+    pl.seed_everything(0, verbose=False)
+    module, stages = Foreign(network()), Stages(bits, [0.25, 0.5])
+    qat = QuantizationAwareTraining(scheme, layers=layers, start=0.25, progressive=stages, attribute="net")
+    seen: list[list[tuple[int, int]]] = []
+
+    class Limits(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if isinstance(pl_module.net, Captured):
+                seen.append([(fake.quant_min, fake.quant_max) for fake in quantizers(pl_module.net)[0]])
+
+    trainer(max_epochs=2, callbacks=[qat, Limits()]).fit(module, resumable(32))
+    plain = prepare(network(), [images(2)[0]], qat.assignment)
+    own = [(fake.quant_min, fake.quant_max) for fake in quantizers(plain)[0]]
+    assert own not in seen[:2]
+    assert seen[2:] == 4 * [own]
+
+
+def test_stages_without_effect_are_refused() -> None:
+    with pytest.raises(RecipeError, match=r"quantize\.progressive: expected training in integers, got start 1\. Set"):
+        QuantizationAwareTraining("w4a8", start=1, progressive=Stages([8, 4], [0.5, 0.7]))
+    for scheme in ("int8", "fp8", "int16x8", "int8_weights"):
+        with pytest.raises(RecipeError, match=rf"expected a scheme of fewer than 8 bits, .*, got {scheme}, float\."):
+            QuantizationAwareTraining(scheme, keep=["fc"], start=0.5, progressive=Stages([16, 8], [0.5, 0.7]))
+
+
 def test_the_last_stage_is_the_scheme() -> None:
     with pytest.raises(RecipeError, match=r"quantize\.progressive: expected 4 bits in the end, .* got 8"):
         QuantizationAwareTraining("w4a8", progressive=Stages([16, 8], [0.7, 0.8]))
