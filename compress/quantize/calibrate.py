@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from compress.errors import DataError
 from compress.measure.modes import kept_modes
+from compress.quantize.finite import reader_of
 from compress.quantize.parametrize import rounded_layers
 from compress.quantize.ranges import Grid, Seen, around_zero, choose_range
 from compress.surgery import Captured
@@ -47,7 +48,8 @@ def calibrate(
     """
     activations, weights = _fake_quantizers(prepared)
     seen = {name: Seen() for name in activations}
-    hooks = [_watch(module, seen[name], name) for name, module in activations.items()]
+    readers = _readers(prepared)
+    hooks = [_watch(module, seen[name], readers.get(name, name)) for name, module in activations.items()]
     num = 0
     try:
         with _evaluating(prepared), float_mode(prepared), torch.no_grad():
@@ -120,14 +122,20 @@ def _fake_quantizers(prepared: nn.Module) -> tuple[dict[str, Any], dict[str, Any
     return found
 
 
-def _watch(module: nn.Module, seen: Seen, name: str) -> Any:
+def _readers(prepared: nn.Module) -> dict[str, str]:
+    """Return the names of layers by those of the fake quantizers in a graph that they read."""
+    nodes = prepared.graph_module.graph.nodes if isinstance(prepared, Captured) else ()
+    return {str(node.target): reader_of(node) for node in nodes if node.op == "call_module"}
+
+
+def _watch(module: nn.Module, seen: Seen, layer: str) -> Any:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         try:
             seen.add(inputs[0])
         except ValueError as error:
             raise DataError(
-                f"calibrate: expected finite activations, got others at {name!r}. Look for NaN in the data and in the "
-                "network's outputs."
+                f"calibrate: expected finite activations, got others in what {layer!r} takes. Look for NaN in the data "
+                "and in the network's outputs."
             ) from error
 
     return module.register_forward_pre_hook(hook)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from compress.errors import EditError
 from compress.quantize.annotate import layer_of
 
-__all__ = ["check_numbers", "check_ranges", "keep_finite", "known"]
+__all__ = ["check_numbers", "check_ranges", "keep_finite", "known", "reader_of"]
 
 _STATISTICS = ("running_mean", "running_var")
 
@@ -78,11 +78,15 @@ def check_ranges(graph_module: GraphModule) -> None:
         module: Any = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
         if not hasattr(module, "fake_quant_enabled") or module.is_dynamic or _has_range(module):
             continue
-        layer = next(filter(None, map(layer_of, node.users)), "the network")
         raise EditError(
-            f"convert: expected a range for what {layer!r} takes at {node.name!r}, got none: no batch of finite values "
-            "has passed. Train it or calibrate it with some first, and look for NaN in the data."
+            f"convert: expected a range for what {reader_of(node)!r} takes at {node.name!r}, got none: no batch of "
+            "finite values has passed. Train it or calibrate it with some first, and look for NaN in the data."
         )
+
+
+def reader_of(node: Node) -> str:
+    """Return the name of the layer that reads what passes a fake quantizer."""
+    return next(filter(None, map(layer_of, node.users)), "the network")
 
 
 def _has_range(module: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.errors import DataError, EditError, RecipeError
-from compress.quantize import RANGES, calibrate, convert, prepare
+from compress.quantize import RANGES, calibrate, convert, make_assignment, parametrize, prepare
 from compress.quantize.calibrate import float_mode
 from compress.quantize.pt2e import num_quantized
 from compress.surgery import Captured
@@ -147,7 +147,7 @@ def test_a_pattern_without_a_layer_is_named(trained: Residual) -> None:
         ([(torch.zeros(4, 1, 8, 8), torch.zeros(4))], "Give what the network takes, without targets"),
         ([(images(8)[0],), (torch.empty(0, 1, 8, 8),)], "expected samples in each batch, got a batch of none"),
         ([(images(8)[0].double(),)], r"\(N, 1, 8, 8\) float32, got \(N, 1, 8, 8\) float64"),
-        ([(torch.full((4, 1, 8, 8), math.nan),)], "expected finite activations, got others at 'activation_post"),
+        ([(torch.full((4, 1, 8, 8), math.nan),)], "finite activations, got others in what 'stem' takes"),
     ],
 )
 def test_bad_data_is_refused_and_changes_nothing(
@@ -160,6 +160,17 @@ def test_bad_data_is_refused_and_changes_nothing(
         calibrate(prepared, batches)
     assert all(torch.equal(tensor, before[name]) for name, tensor in prepared.state_dict().items())
     assert prepared.training
+
+
+@pytest.mark.parametrize("fallback", [False, True])
+def test_what_is_not_finite_is_named_by_the_layer_that_takes_it(trained: Residual, fallback: bool) -> None:
+    network = copy.deepcopy(trained)
+    with torch.no_grad():
+        network.conv1.weight[3] = math.inf
+    assignment = make_assignment("int8")
+    prepared = parametrize(network, assignment) if fallback else prepare(network, [images(2)[0]], assignment)
+    with pytest.raises(DataError, match=r"got others in what 'conv2' takes\. Look for NaN"):
+        calibrate(prepared, [(images(8)[0],)])
 
 
 def test_bad_data_at_first_leaves_ranges_unknown(trained: Residual) -> None:
