@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -68,7 +68,7 @@ def latencies(name: str, sizes: Sizes, arguments: argparse.Namespace) -> list[Ro
 
 
 def training(name: str, sizes: Sizes, arguments: argparse.Namespace) -> list[Row]:
-    """Return the time of a training step with fake quantization beside one in float32."""
+    """Return time and memory of a training step with fake quantization beside one in float32."""
     network, inputs = make(name, sizes)
     x = inputs(4 if arguments.quick else 16)
     y = torch.zeros(len(x), dtype=torch.int64)
@@ -77,7 +77,27 @@ def training(name: str, sizes: Sizes, arguments: argparse.Namespace) -> list[Row
         "fp32 step": training_step(network, x, y, dtype=torch.float32),
         "QAT step": training_step(prepared, x, y, dtype=torch.float32),
     }
-    return ratios(f"{name}/b{len(x)}", calls, seconds=arguments.seconds, min_runs=4)
+    case = f"{name}/b{len(x)}"
+    kept = {key: kept_for_backward(step, module) for (key, step), module in zip(calls.items(), (network, prepared))}
+    first = kept["fp32 step"]
+    memory = [Row(f"{case}: {key}", "kept for the backward pass", value / 2**20, "MiB") for key, value in kept.items()]
+    memory.append(Row(f"{case}: QAT step", "kept / fp32 step", kept["QAT step"] / first, "ratio"))
+    return ratios(case, calls, seconds=arguments.seconds, min_runs=4) + memory
+
+
+def kept_for_backward(step: Callable[[], object], network: nn.Module) -> int:
+    """Return the bytes that autograd keeps from the forward pass of a step, but for the network's own tensors."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*network.parameters(), *network.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()  # all are alive until the backward pass
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        step()
+    return sum(size for place, size in kept.items() if place not in own)
 
 
 def resume(*, num: int) -> list[Row]:
