@@ -11,7 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.fx import Node
 
-from compress.quantize.channels import parameter, used_once
+from compress.quantize.channels import used_once
 from compress.quantize.lockstep import Layer, Side, evaluation, float_twin, lockstep, quantized_layers
 from compress.surgery import Captured
 
@@ -23,7 +23,16 @@ _BETA = (20.0, 2.0)
 _BATCH = 64
 _RELU = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}
 
+# What leaves a weight's values where they are in memory: what is written to the result is written to the parameter.
+_VIEWS = {
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.t.default,
+    torch.ops.aten.transpose.int,
+    torch.ops.aten.permute.default,
+}
+
 Layerwise = Callable[[Tensor, Tensor], Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def adaround(
@@ -67,13 +76,11 @@ def adaround(
                 continue
             compute = _layerwise(quantized, layers[node])
             targets = _outputs(exact, twin, len(_tail(layers[node])))
-            inputs = quantized.all(_source(node))
             integers = learn_rounding(
                 weight.values / weight.scale,
                 weight.limits,
                 weight.scale,
-                inputs,
-                targets,
+                _joined(quantized.all(_source(node)), targets),
                 compute,
                 num_steps=num_steps,
                 seed=seed,
@@ -87,8 +94,7 @@ def learn_rounding(
     ratios: Tensor,
     limits: tuple[int, int],
     scale: Tensor,
-    inputs: Tensor,
-    targets: Tensor,
+    data: Sequence[Pair],
     compute: Layerwise,
     *,
     num_steps: int = 400,
@@ -105,10 +111,9 @@ def learn_rounding(
         ratios: Weights as multiples of their scale.
         limits: The least and the largest integer.
         scale: Broadcasts with the weights.
-        inputs: Of the layer, shape (N, ...).
-        targets: What it should give, shape (N, ...).
+        data: Inputs of the layer, shape (N, ...), and what it should give, shape (N, ...): a pair for each length.
         compute: Gives outputs for inputs and a weight.
-        num_steps: Of Adam, with 64 of the inputs each.
+        num_steps: Of Adam, with 64 of the inputs of one length each.
         seed: Of their order.
 
     Returns:
@@ -117,11 +122,11 @@ def learn_rounding(
     Example:
         >>> x, w = torch.ones(1, 2), torch.tensor([[0.45, 0.4]])  # together 0.85, to the nearest 0
         >>> layer = torch.nn.functional.linear
-        >>> learn_rounding(w, (-8, 7), torch.ones(1), x, layer(x, w), layer).tolist()
+        >>> learn_rounding(w, (-8, 7), torch.ones(1), [(x, layer(x, w))], layer).tolist()
         [[1.0, 0.0]]
     """
     nearest = ratios.round().clamp(*limits)
-    initial = _error(nearest * scale, inputs, targets, compute)
+    initial = _error(nearest * scale, data, compute)
     if initial == 0:
         return nearest
     low, high = _STRETCH
@@ -133,9 +138,9 @@ def learn_rounding(
     with torch.enable_grad():
         for step in range(num_steps):
             up = (torch.sigmoid(logits) * (high - low) + low).clamp(0, 1)
-            chosen = torch.randint(len(inputs), (min(_BATCH, len(inputs)),), generator=generator).to(inputs.device)
-            outputs = compute(inputs[chosen], (floor + up).clamp(*limits) * scale)
-            loss = (outputs - targets[chosen]).square().mean() / initial
+            inputs, targets = _draw(data, generator)
+            outputs = compute(inputs, (floor + up).clamp(*limits) * scale)
+            loss = (outputs - targets).square().mean() / initial
             done = (step / num_steps - _WARM) / (1 - _WARM)
             if done > 0:
                 beta = _BETA[0] + (_BETA[1] - _BETA[0]) * done
@@ -144,23 +149,43 @@ def learn_rounding(
             loss.backward()
             optimizer.step()
     learned = (floor + (logits.detach() > 0)).clamp(*limits)
-    return learned if _error(learned * scale, inputs, targets, compute) < initial else nearest
+    return learned if _error(learned * scale, data, compute) < initial else nearest
 
 
-def _error(weight: Tensor, inputs: Tensor, targets: Tensor, compute: Layerwise) -> float:
+def _joined(inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Pair]:
+    """Return batches of one form in one tensor each, that they may be drawn from together."""
+    forms: dict[torch.Size, list[Pair]] = {}
+    for given, wanted in zip(inputs, targets):
+        forms.setdefault(given.shape[1:], []).append((given, wanted))
+    return [(torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])) for pairs in forms.values()]
+
+
+def _draw(data: Sequence[Pair], generator: torch.Generator) -> Pair:
+    """Return some of the data, each value as likely as any other."""
+    number = 0
+    if len(data) > 1:
+        sizes = torch.tensor([float(targets.numel()) for _, targets in data])
+        number = int(torch.multinomial(sizes, 1, generator=generator))
+    inputs, targets = data[number]
+    chosen = torch.randint(len(inputs), (min(_BATCH, len(inputs)),), generator=generator).to(inputs.device)
+    return inputs[chosen], targets[chosen]
+
+
+def _error(weight: Tensor, data: Sequence[Pair], compute: Layerwise) -> float:
     with torch.no_grad():
         parts = [
             float((compute(some, weight) - wanted).square().sum(dtype=torch.float64))
+            for inputs, targets in data
             for some, wanted in zip(inputs.split(_BATCH), targets.split(_BATCH))
         ]
-    return sum(parts) / targets.numel()
+    return sum(parts) / sum(targets.numel() for _, targets in data)
 
 
 @dataclass(frozen=True)
 class _Weight:
     """A weight as its fake quantizer sees it, and the way back to the parameter."""
 
-    parameter: Tensor
+    parameter: Tensor  # turned or widened as the layer reads it
     factor: Tensor | None  # by which a BatchNorm scales the parameter
     values: Tensor
     scale: Tensor
@@ -181,15 +206,18 @@ def _find_weight(side: Side, layer: Layer) -> _Weight | None:
     graph_module = side.graph_module
     values = layer.weight.args[0]
     assert isinstance(values, Node)
-    factor = None
-    source: Any = values
-    if values.target is torch.ops.aten.mul.Tensor:
-        source = values.args[0]
-        factor = side.constant(values.args[1])  # type: ignore[arg-type]
+    is_scaled = values.target is torch.ops.aten.mul.Tensor
+    source: Any = values.args[0] if is_scaled else values
+    read = source
+    while source.target in _VIEWS and len(source.users) == 1:
+        source = source.args[0]
     if len(layer.weight.users) > 1 or source.op != "get_attr" or not used_once(graph_module, [str(source.target)]):
         return None
+    written, weight = side.constant(read), side.constant(values)
+    factor = _factor(side, values.args[1]) if is_scaled else None
+    if written.shape != weight.shape:  # the factor of a weight that is none itself
+        return None
     module: Any = graph_module.get_submodule(str(layer.weight.target))
-    weight = side.constant(values)
     shape = [1] * weight.dim()
     if module.scale.numel() > 1:
         shape[module.ch_axis] = -1
@@ -198,7 +226,11 @@ def _find_weight(side: Side, layer: Layer) -> _Weight | None:
     if bool((module.zero_point != 0).any()) or hasattr(module, "convert"):  # what has its own grid, as float8
         return None
     limits = (int(module.activation_post_process.quant_min), int(module.activation_post_process.quant_max))
-    return _Weight(parameter(graph_module, str(source.target)), factor, weight, module.scale.view(shape), limits)
+    return _Weight(written, factor, weight, module.scale.view(shape), limits)
+
+
+def _factor(side: Side, given: Any) -> Tensor:
+    return side.constant(given) if isinstance(given, Node) else torch.tensor(float(given))
 
 
 def _tail(layer: Layer) -> tuple[Node, ...]:
@@ -230,11 +262,11 @@ def _layerwise(side: Side, layer: Layer) -> Layerwise:
     return compute
 
 
-def _outputs(side: Side, product: Node, num_behind: int) -> Tensor:
-    """Return what the float layer gives, behind so many operators that follow its product."""
-    value, node = side.all(product).clone(), product
+def _outputs(side: Side, product: Node, num_behind: int) -> list[Tensor]:
+    """Return what the float layer gives for each batch, behind so many operators that follow its product."""
+    values, node = [value.clone() for value in side.all(product)], product
     for _ in range(num_behind):
         before, node = node, next(iter(node.users))
-        now = value
-        value = side.compute(node, lambda source: now if source is before else side.constant(source))  # noqa: B023
-    return value
+        constants = {source: side.constant(source) for source in node.all_input_nodes if source is not before}
+        values = [side.compute(node, {**constants, before: value}.__getitem__) for value in values]
+    return values

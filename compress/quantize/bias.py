@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from rich.progress import track
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -52,7 +53,7 @@ def correct_biases(
         places = ((node, twin) for node, twin in lockstep(quantized, exact) if node in shifted)
         for node, twin in track(places, "correcting biases", len(shifted), transient=True, disable=not progress):
             layer, bias = shifted[node]
-            missing = _channel_means(exact.all(twin) - quantized.all(node), layer.channel)
+            missing = _missing(exact.all(twin), quantized.all(node), layer.channel)
             bias += missing.to(bias)
             for values in quantized.values:
                 values[node] = values[node] + _along(missing, values[node], layer.channel)
@@ -68,8 +69,10 @@ def _bias(graph_module: GraphModule, layer: Layer) -> str | None:
     return str(bias.target)
 
 
-def _channel_means(values: Tensor, channel: int) -> Tensor:
-    return values.movedim(channel, 0).flatten(1).mean(1)
+def _missing(exact: Sequence[Tensor], rounded: Sequence[Tensor], channel: int) -> Tensor:
+    """Return each channel's mean error; a value counts the same in a long batch as in a short one."""
+    errors = [(one - other).movedim(channel, 0).flatten(1) for one, other in zip(exact, rounded)]
+    return torch.cat(errors, 1).mean(1)
 
 
 def _along(means: Tensor, values: Tensor, channel: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.fx.node import map_arg
 from compress.errors import DataError
 from compress.quantize.channels import CONVOLUTIONS, LINEAR
 from compress.quantize.embeddings import look_up_floats
+from compress.quantize.normalize import parameters_alone
 from compress.surgery import Captured
 
 __all__ = ["Layer", "Side", "evaluation", "float_twin", "lockstep", "quantized_layers"]
@@ -46,14 +47,15 @@ class Layer:
 
     @property
     def channel(self) -> int:
-        """The dimension of the outputs that counts channels."""
-        return 1 if self.product.target in CONVOLUTIONS else -1
+        """The dimension of the outputs that counts channels; those of a BatchNorm, where one belongs to the layer."""
+        return 1 if self.behind or self.product.target in CONVOLUTIONS else -1
 
 
 def quantized_layers(graph_module: GraphModule) -> list[Layer]:
     """Return the layers of a prepared graph in the order in which data meets them."""
+    fixed = parameters_alone(graph_module)
     return [
-        Layer(node, node.args[1], _behind(node))
+        Layer(node, node.args[1], _behind(node, fixed))
         for node in graph_module.graph.nodes
         if (node.target in CONVOLUTIONS or node.target is LINEAR) and _is_fake_quantizer(graph_module, node.args[1])
     ]
@@ -131,9 +133,9 @@ class Side:
         target: Any = node.target
         return (self.graph_module.get_submodule(target) if node.op == "call_module" else target)(*args, **kwargs)
 
-    def all(self, node: Node) -> Tensor:
-        """Return a node's values, all batches in one tensor."""
-        return torch.cat([values[node] for values in self.values])
+    def all(self, node: Node) -> list[Tensor]:
+        """Return a node's values, batch by batch: they may differ in length."""
+        return [values[node] for values in self.values]
 
     def forget(self, node: Node) -> None:
         """Drop the values that this node was the last to use."""
@@ -163,13 +165,15 @@ def _is_fake_quantizer(graph_module: GraphModule, node: Any) -> bool:
     return hasattr(graph_module.get_submodule(str(node.target)), "fake_quant_enabled")
 
 
-def _behind(product: Node) -> tuple[Node, ...]:
+def _behind(product: Node, fixed: set[Node]) -> tuple[Node, ...]:
     found: list[Node] = []
     node = product
     while len(node.users) == 1:
         before, node = node, next(iter(node.users))
         if node.args[0] is not before or node.target not in (*_UNDO, _BATCH_NORM):
             break
+        if any(isinstance(given, Node) and given not in fixed for given in node.args[1:]):
+            break  # a residual sum
         found.append(node)
         if node.target is _BATCH_NORM:
             return tuple(found) if node.args[4] is not None else ()

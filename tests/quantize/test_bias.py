@@ -12,6 +12,7 @@ from compress.quantize import calibrate, convert, prepare
 from compress.quantize.bias import correct_biases
 from compress.quantize.lockstep import float_twin
 from compress.surgery import Captured
+from compress.surgery.lengths import Length
 from tests.networks import Residual, images
 
 
@@ -72,3 +73,39 @@ def test_a_convolution_with_a_bias_before_a_batchnorm() -> None:
 def test_no_data() -> None:
     with pytest.raises(DataError, match="expected at least one batch, got none"):
         correct_biases(calibrated(nn.Sequential(nn.Linear(2, 2)), torch.randn(4, 2)), [])
+
+
+class Positions(nn.Module):
+    """A BatchNorm whose channels are not the features of the linear in front."""
+
+    def __init__(self, num_positions: int) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 8), nn.BatchNorm1d(num_positions)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc(x))
+
+
+@pytest.mark.parametrize("num_positions", [5, 8])
+def test_a_norm_over_another_dimension_is_shifted_along_it(num_positions: int) -> None:
+    torch.manual_seed(0)
+    network, x = Positions(num_positions), torch.randn(256, num_positions, 6) + 1
+    network(x)
+    prepared = prepare(network.eval(), [x[:2]], "w2a8", first_last="w2a8")
+    calibrate(prepared, [(x,)])
+    expected = network(x)
+    assert float((prepared.eval()(x) - expected).mean((0, 2)).abs().max()) > 1e-3
+    assert correct_biases(prepared, [(x,)]) == 1
+    assert float((prepared.eval()(x) - expected).mean((0, 2)).abs().max()) < 1e-5
+
+
+def test_batches_of_several_lengths_count_by_their_values() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(6, 4)).eval()
+    batches = [(torch.randn(4, 5, 6),), (torch.randn(2, 14, 6) + 1,)]
+    prepared = prepare(network, batches[0], "w2a8", first_last="w2a8", lengths=[Length(1, 2, 16)])
+    calibrate(prepared, batches)
+    expected = [network(x) for (x,) in batches]
+    assert correct_biases(prepared, batches) == 1
+    errors = [(prepared.eval()(x) - wanted).flatten(0, 1) for (x,), wanted in zip(batches, expected)]
+    assert float(torch.cat(errors).mean(0).abs().max()) < 1e-5
