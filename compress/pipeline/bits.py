@@ -45,7 +45,7 @@ def measure_layers(
         run: The run directory; its recipe quantises.
         stage: Which of its networks.
         bits: Bits to try, 2 to 8; layers get some of these, whatever else was measured before.
-        average_bits: Bits a weight may have on average.
+        average_bits: Bits a weight may have on average, of those that are rounded: what stays in floats has no part.
 
     Raises:
         RecipeError: when bits are out of range, or the target is below the fewest.
@@ -92,7 +92,8 @@ def measure_layers(
     measured = measure_bits(network, loss, bits=bits, done=done, on_point=on_point)
     asked = replace(result, curves={layer: [*map(list, points.items())] for layer, points in measured.items()})
     if average_bits is not None:
-        result = replace(result, chosen=allocate_bits(asked.losses(), asked.sizes, average_bits=average_bits))
+        losses = {layer: of_layer for layer, of_layer in asked.losses().items() if layer in named}
+        result = replace(result, chosen=allocate_bits(losses, asked.sizes, average_bits=average_bits))
     run.write_json(_NAME, asdict(result))
     run.write_json(_ORDER, [layer for layer in reversed(asked.ranked()) if layer in named])
     for path in save_bits(result, run.path):

@@ -49,6 +49,19 @@ class Written(nn.Module):
         return self.fc(x.flatten(1) @ self.mixing)
 
 
+class Recurrent(nn.Module):
+    """No graph can be captured of it, and without one its LSTM stays in floats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.fc = nn.LSTM(8, 16, batch_first=True), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return self.fc(self.lstm(x.flatten(1, 2))[0][:, -1])
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("bits") / "run"
@@ -163,6 +176,21 @@ def test_layers_are_those_that_the_recipe_quantises(
     layers, order = (json.loads((run.path / f"{name}.json").read_text()) for name in ("layers", "order"))
     assert set(layers) == set(order) == set(bits.sizes)
     callback = QuantizationAwareTraining(layers=layers, fallback="parametrize" if branches else None)
+    callback.rehearse(run.network("baseline")[0], [torch.randn(2, 1, 8, 8)])
+
+
+def test_what_stays_in_floats_has_no_part_in_the_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--student", "{class_path: tests.pipeline.test_bits.Recurrent}", "--prune", "null"]
+    words += GIVEN[GIVEN.index("--trainer.max_epochs") : GIVEN.index("--prune.ignore")]
+    words += ["--quantize", "{start: 0.5, fallback: parametrize}", "--bits", "4", "--average_bits", "4"]
+    assert call(capsys, "sensitivity", "digits", *words, "--run_dir", str(tmp_path / "run"))[0] == 0
+    run = open_run(tmp_path / "run")
+    bits = read_bits(run)
+    assert bits is not None
+    assert set(bits.curves) == {"lstm", "fc"}
+    layers = json.loads((run.path / "layers.json").read_text())
+    assert layers == {"fc": "w4a8"}
+    callback = QuantizationAwareTraining(layers=layers, fallback="parametrize")
     callback.rehearse(run.network("baseline")[0], [torch.randn(2, 1, 8, 8)])
 
 
