@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-__all__ = ["divide_weights", "factor_as_it_is", "factors_without_zeros"]
+__all__ = ["divide_weights", "factor_as_it_is", "factors_without_zeros", "scaled_convolutions"]
 
 _aten = torch.ops.aten
 
@@ -21,7 +21,7 @@ def factors_without_zeros(graph_module: GraphModule) -> None:
 
     The norm gives what it gave, since its own gamma is untouched, and gamma gets its gradient.
     """
-    for factor in {rows.args[0]: None for _, rows, _ in _scaled_convolutions(graph_module)}:
+    for factor in {rows.args[0]: None for _, rows, _ in scaled_convolutions(graph_module)}:
         with graph_module.graph.inserting_after(factor):
             there = graph_module.graph.call_function(_aten.ne.Scalar, (factor, 0))
         with graph_module.graph.inserting_after(there):
@@ -37,7 +37,7 @@ def divide_weights(graph_module: GraphModule) -> None:
     ``conv(x, w) / s`` is ``conv(x, w / s)``, and a weight is small: to write results once more, and in the backward
     pass three times, was a third of what fake quantization costs a MobileNet.
     """
-    for convolution, rows, division in _scaled_convolutions(graph_module):
+    for convolution, rows, division in scaled_convolutions(graph_module):
         last, bias = _with_bias(division)
         with graph_module.graph.inserting_before(convolution):
             weight = graph_module.graph.call_function(_aten.div.Tensor, (convolution.args[1], rows))
@@ -54,7 +54,7 @@ def factor_as_it_is(rows: Node) -> None:
         rows.update_arg(0, chosen.args[1])
 
 
-def _scaled_convolutions(graph_module: GraphModule) -> list[tuple[Any, Any, Any]]:
+def scaled_convolutions(graph_module: GraphModule) -> list[tuple[Any, Any, Any]]:
     """Return convolutions that PT2E has fused with their norms, the factors of the weight, and the division behind."""
     found: list[tuple[Any, Any, Any]] = []
     for division in graph_module.graph.nodes:

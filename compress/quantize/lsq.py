@@ -10,10 +10,13 @@ from torch.fx import GraphModule
 from torchao.quantization.pt2e import FakeQuantizeBase
 
 from compress.errors import RecipeError
+from compress.quantize.factors import scaled_convolutions
+from compress.quantize.moving import least_step
+from compress.quantize.normalize import constant_of
 from compress.quantize.rounding import round_rows, round_to_steps
 from compress.surgery import Captured
 
-__all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps"]
+__all__ = ["LearnedFakeQuantize", "fake_quantize", "learn_steps", "settle_steps"]
 
 
 def fake_quantize(
@@ -91,18 +94,22 @@ class _Rounded(torch.autograd.Function):
 
 
 class _Steps(torch.autograd.Function):
-    """The step of a logarithm: a change of the logarithm by the gradient changes the step by the step's gradient."""
+    """The step of a logarithm: a change of the logarithm by the gradient changes the step by the step's gradient.
+
+    The step that is meant is that of a weight which has not been scaled yet: ``1 / norm`` of what comes out.
+    """
 
     @staticmethod
-    def forward(ctx: Any, logarithm: Tensor, start: Tensor) -> Tensor:
+    def forward(ctx: Any, logarithm: Tensor, start: Tensor, norm: Tensor, factor: float) -> Tensor:
         scale = start * logarithm.exp()
-        ctx.save_for_backward(scale)
+        ctx.save_for_backward(scale, norm)
+        ctx.factor = factor
         return scale
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (scale,) = ctx.saved_tensors
-        return gradients[0] / scale, None
+        scale, norm = ctx.saved_tensors
+        return ctx.factor * (gradients[0] * norm) / (scale / norm), None, None, None
 
 
 class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
@@ -116,11 +123,20 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     size of the learning rate whatever the gradient, moves a step by that fraction of itself; on the step itself, an
     update would be as large as an int8 step is. Weight decay draws steps to where they started.
 
+    Where a norm's factor scales the weight before it is rounded, the step grows and shrinks with it, from
+    ``follow_norm`` on: it is a step of the weight as it stands, as in the paper. Else a factor that moves on, as that
+    of a residual block which begins as nothing, or of statistics not settled yet, would leave the weight to a few
+    integers, or clip it.
+
     Args:
         given: PT2E's module, which has seen data or not yet.
         shape: Of what is quantised, ``x[0]`` of an activation.
         device: Where the parameter lives.
     """
+
+    start: Tensor
+    zero_point: Tensor
+    norm: Tensor | None
 
     def __init__(self, given: Any, shape: torch.Size, device: torch.device) -> None:
         nn.Module.__init__(self)  # the base class would make switches on the device, to be waited for at every call
@@ -134,14 +150,41 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
         seen = given.scale.numel() == num
         start = given.scale.detach().float() if seen else torch.ones(num)
         zero = given.zero_point.detach() if seen else torch.zeros(num)
+        if self._is_symmetric:  # PyTorch's kernel puts it at an end where it has seen zeros alone
+            zero = torch.full_like(zero, (self.quant_min + self.quant_max + 1) // 2)
         self.register_buffer("start", start.clone().to(device))
+        self.register_buffer("norm", None)
+        self.settled: Tensor | None = None
         self.register_buffer("zero_point", zero.clone().to(device, torch.int32))
         self.log_scale = nn.Parameter(torch.zeros(num, device=device))
 
     @property
     def scale(self) -> Tensor:
-        """The steps, shape (C,), or (1,) where there is one for all."""
-        return _Steps.apply(self.log_scale, self.start / self._finer)
+        """The steps, shape (C,), or (1,) where there is one for all; by the factors they started at, until settled."""
+        return self.steps(self.settled)
+
+    def steps(self, factors: Tensor | None = None) -> Tensor:
+        """Return the steps of a weight that has been scaled by a norm's factors, shape (C,)."""
+        norm = torch.ones_like(self.start) if self.norm is None else self.norm
+        scale: Tensor = _Steps.apply(self.log_scale, self.start / self._finer, norm, self.factor)
+        if factors is None:
+            return scale
+        scale = scale * (factors.abs() / norm)
+        return torch.maximum(scale, least_step(scale))
+
+    def follow_norm(self, factors: Tensor, seen: Tensor, largest: Tensor) -> None:
+        """Let steps go with a norm's factors from here on.
+
+        Args:
+            factors: As they are, one in place of zero, shape (C,).
+            seen: Where they are not zero, so that the weight has had a range, shape (C,).
+            largest: The largest magnitude in each channel of the weight before it is scaled, shape (C,).
+        """
+        self.norm = factors.abs().to(self.start)
+        asked = largest.to(self.start) / self.quant_max * self.norm
+        # Small factors have come to the least step there is, which would grow with them.
+        fits = seen.to(asked.device) & (self.start < 2 * asked)
+        self.start = torch.where(fits | (asked == 0), self.start, asked)
 
     @property
     def zero(self) -> Tensor:
@@ -158,20 +201,23 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def factor(self) -> float:
         """What the gradient of a step is multiplied with."""
         levels = self.quant_max - self.quant_min
-        symmetric = self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
-        return (self.num_values * (levels // 2 if symmetric else levels)) ** -0.5
+        return (self.num_values * (levels // 2 if self._is_symmetric else levels)) ** -0.5
+
+    @property
+    def _is_symmetric(self) -> bool:
+        return self.qscheme in (torch.per_tensor_symmetric, torch.per_channel_symmetric)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Return scale and zero point."""
         return self.scale.detach(), self.zero.long()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Round, unless switched off."""
+    def forward(self, x: Tensor, factors: Tensor | None = None) -> Tensor:
+        """Round, unless switched off; factors are those that a norm has scaled a weight with."""
         if not self.fake_quant_enabled[0]:
             return x
         axis = self.ch_axis if self.is_per_channel else None
         limits: Any = {"quant_min": self.quant_min, "quant_max": self.quant_max, "axis": axis}
-        return fake_quantize(x.float(), self.scale, self.zero, **limits, factor=self.factor)
+        return fake_quantize(x.float(), self.steps(factors), self.zero, **limits)
 
 
 def learn_steps(prepared: Captured) -> Captured:
@@ -201,4 +247,34 @@ def learn_steps(prepared: Captured) -> Captured:
             if id(given) not in learned:  # one module may stand under several names
                 learned[id(given)] = LearnedFakeQuantize(given, shape if given.is_per_channel else shape[1:], device)
             graph_module.set_submodule(str(node.target), learned[id(given)])
+    _follow_factors(graph_module)
+    prepared.forget_taps()
     return prepared
+
+
+def settle_steps(graph_module: GraphModule) -> None:
+    """Let steps be those of the factors that norms have now, in place, before norms are folded away."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and len(node.args) == 2:
+            module: Any = graph_module.get_submodule(str(node.target))
+            if isinstance(module, LearnedFakeQuantize):
+                module.settled = constant_of(graph_module, node.args[1])
+                node.args = node.args[:1]
+    graph_module.recompile()
+
+
+def _follow_factors(graph_module: GraphModule) -> None:
+    """Give the fake quantizers of weights that norms scale the factors, too."""
+    for convolution, rows, _ in scaled_convolutions(graph_module):
+        fake = convolution.args[1]
+        module: Any = graph_module.get_submodule(str(fake.target)) if fake.op == "call_module" else None
+        if not (isinstance(module, LearnedFakeQuantize) and module.is_per_channel) or len(fake.args) == 2:
+            continue
+        given = rows.args[0], rows.args[0].args[0], fake.args[0].args[0]
+        factors, seen, weight = (constant_of(graph_module, node) for node in given)
+        if factors.numel() != module.start.numel():
+            continue
+        if module.norm is None:  # it may serve at several places
+            module.follow_norm(factors, seen, weight.abs().movedim(module.ch_axis, 0).flatten(1).amax(1))
+        fake.args = (fake.args[0], rows.args[0])
+    graph_module.recompile()

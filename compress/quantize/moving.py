@@ -10,10 +10,25 @@ from compress.quantize.fake import scale_of
 from compress.quantize.finite import keep_finite
 from compress.quantize.rounding import round_rows, round_to_steps
 
-__all__ = ["MovingFakeQuantize"]
+__all__ = ["MovingFakeQuantize", "least_step"]
 
 _LEAST_STEP = 6.2e-5  # PyTorch's fused kernel makes none below 6.1e-5 on a CPU
 _LEAST_OF_LARGEST = 2.0**-12
+
+
+def least_step(steps: Tensor) -> Tensor:
+    """Return the least step that a row of weights may have, shape (), by those of all rows.
+
+    Engines count biases in it, in 32 bits.
+
+    Args:
+        steps: Shape (C,).
+
+    Example:
+        >>> least_step(torch.tensor([0.0, 0.125])), least_step(torch.tensor([0.0, 64.0]))
+        (tensor(3.0518e-05), tensor(6.2000e-05))
+    """
+    return (steps.detach().amax() * _LEAST_OF_LARGEST).clamp(max=_LEAST_STEP)
 
 
 class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
@@ -102,7 +117,7 @@ class MovingFakeQuantize(FusedMovingAvgObsFakeQuantize):  # type: ignore[misc]
         low, high = self.activation_post_process.min_val, self.activation_post_process.max_val
         symmetric = self.is_symmetric_quant
         scale, zero_point = scale_of(low, high, self.quant_min, self.quant_max, symmetric=symmetric)
-        self.scale.copy_(scale.clamp(min=min(_LEAST_STEP, float(scale.amax()) * _LEAST_OF_LARGEST)))
+        self.scale.copy_(torch.maximum(scale, least_step(scale)))
         self.zero_point.copy_(zero_point)
         return True
 

@@ -135,12 +135,14 @@ def convert(prepared: Captured) -> Captured:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
     from compress.quantize.fake import write_clips
+    from compress.quantize.lsq import settle_steps
 
     check_numbers(prepared)
     check_ranges(prepared.graph_module)
     twin = copy.deepcopy(prepared).cpu().eval()
     twin.sync_mode()
     begin_rounding(twin.graph_module)
+    settle_steps(twin.graph_module)
     _as_trained(twin.graph_module)
     fold_norms(twin.graph_module)
     store_weights(twin.graph_module)

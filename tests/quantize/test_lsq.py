@@ -24,6 +24,7 @@ from compress.quantize.lsq import LearnedFakeQuantize, fake_quantize, learn_step
 from compress.surgery import Captured, RandomStates, history_of, rebuild
 from compress.surgery.relink import join_optimizers
 from tests.networks import Residual, images, trainer
+from tests.quantize.test_factors import LAYERS, network_and_inputs
 from tests.surgery.modules import Foreign, SaveAfter, resumable
 
 STEPS = 16  # four an epoch
@@ -139,7 +140,7 @@ def test_every_weight_becomes_the_integer_that_was_trained(trained: Captured) ->
     used: dict[tuple[int, ...], Tensor] = {}
 
     def watch(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        scale = module.scale.reshape(-1, *[1] * (output.dim() - 1))
+        scale = module.steps(*inputs[1:]).reshape(-1, *[1] * (output.dim() - 1))
         used[tuple(output.shape)] = torch.round(output.detach() / scale)
 
     twin = copy.deepcopy(trained)
@@ -155,6 +156,80 @@ def test_every_weight_becomes_the_integer_that_was_trained(trained: Captured) ->
     for tensor in weights:
         assert int((tensor != used[tuple(tensor.shape)]).sum()) <= 1  # a tie, where BatchNorm is folded in
     assert float((fake - integer).norm() / fake.norm()) < 2e-3
+
+
+def started(kind: str, gamma: float) -> tuple[nn.Sequential, Captured, Tensor]:
+    """Return a layer with its BatchNorm, whose gamma is small, learned steps that start there, and its inputs."""
+    network, x = network_and_inputs(kind, slice(0))
+    norm: Any = network[1]
+    with torch.no_grad():
+        norm.weight.mul_(gamma)
+    prepared = prepare(network, [x[:2]], "int8")
+    calibrate(prepared, [[x]], ranges="minmax")
+    return network, learn_steps(prepared), x
+
+
+def round_weights_alone(prepared: Captured) -> None:
+    for module in learned(prepared).values():
+        module.fake_quant_enabled[0] = int(module.is_per_channel)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1e-7, 0.1, 1.0])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_steps_go_with_what_the_norm_becomes(kind: str, gamma: float) -> None:
+    network, prepared, x = started(kind, gamma)
+    norm: Any = network[1]
+    with torch.no_grad():
+        norm.weight.uniform_(0.2, 2).mul_(torch.arange(len(norm.weight)) % 2 * 2 - 1)
+        norm.running_var.mul_(0.03)
+        expected = network.eval()(x)
+        assert torch.equal(convert(prepared)(x), prepared.eval()(x))
+        round_weights_alone(prepared)
+        assert float((prepared(x) - expected).norm() / expected.norm()) < 0.01
+
+
+def test_steps_end_where_engines_can_still_count_biases() -> None:
+    network, prepared, x = started("conv2d", 1.0)
+    norm: Any = network[1]
+    with torch.no_grad():
+        norm.weight[0] = 1e-30
+        fake = prepared.eval()(x)
+        converted = convert(prepared)
+    assert torch.equal(converted(x), fake)
+    scales = [tensor for name, tensor in converted.state_dict().items() if "scale" in name and tensor.numel() == 6]
+    assert [float(scale.min()) for scale in scales] == [pytest.approx(float(scale.max()) / 4096) for scale in scales]
+    assert len(scales) == 1
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_norm_learns_as_behind_a_weight_that_is_rounded_by_itself(frozen: bool) -> None:
+    network, prepared, x = started("conv2d", 1.0)
+    prepared.freeze_batchnorm = frozen
+    round_weights_alone(prepared)
+    (weights,) = (module for module in learned(prepared).values() if module.is_per_channel)
+    with torch.no_grad():
+        weights.log_scale.sub_(0.7)  # half of them lie outside
+    layer: Any
+    norm: Any
+    layer, norm = copy.deepcopy(network)
+    assert weights.norm is not None
+    relative = (weights.scale / weights.norm).detach().requires_grad_()
+    signs = torch.sign(norm.weight.detach()).view(-1, 1, 1, 1)
+    limits: Any = {"quant_min": -128, "quant_max": 127, "axis": 0}
+    rounded = signs * fake_quantize(signs * layer.weight, relative, weights.zero_point, **limits)
+    given = nn.functional.conv2d(x, rounded, layer.bias)
+    expected = norm.train(not frozen)(given)
+    got = prepared.train()(x)
+    assert torch.allclose(got, expected, atol=1e-4)
+    direction = torch.randn(got.shape)
+    (expected * direction).sum().backward()
+    (got * direction).sum().backward()
+    theirs: Any = prepared.get_parameter
+    assert torch.allclose(theirs("1.weight").grad, norm.weight.grad, rtol=1e-3, atol=1e-2)
+    assert torch.allclose(theirs("0.weight").grad, layer.weight.grad, rtol=1e-3, atol=1e-2)
+    assert relative.grad is not None
+    assert weights.log_scale.grad is not None
+    assert torch.allclose(weights.log_scale.grad, weights.factor * relative.grad / relative, rtol=1e-3)
 
 
 class Accumulating(Foreign):
