@@ -52,6 +52,7 @@ class QuantizationAwareTraining(ModelEditor):
         keep: Patterns of layers that stay in floating point: ``float`` in ``layers``, after all others.
         first_last: Scheme of the first and the last layer; by default what the scheme says, ``int8`` for low bits.
         ranges: How a range follows from calibration data, with ``start=1``: one of ``RANGES``.
+        percentile: How many of the values lie inside a range, in per cent, for ``ranges: percentile``.
         num_batches: Training batches to calibrate with, at most.
         learn_steps: Whether steps are parameters, trained with the weights to the end (``compress.quantize.lsq``); they
             start at the ranges of the first batch, and each joins the group of the optimiser in which
@@ -79,6 +80,7 @@ class QuantizationAwareTraining(ModelEditor):
         keep: Sequence[str] = (),
         first_last: str | None = None,
         ranges: str = "mse",
+        percentile: float = 99.99,
         num_batches: int = 32,
         learn_steps: bool = False,
         progressive: Stages | None = None,
@@ -93,6 +95,7 @@ class QuantizationAwareTraining(ModelEditor):
             self.assignment,
             start=start,
             ranges=ranges,
+            percentile=percentile,
             num_batches=num_batches,
             learn_steps=learn_steps,
             observes=observe > 0,
@@ -107,6 +110,7 @@ class QuantizationAwareTraining(ModelEditor):
         self.observe = observe
         self.freeze_batchnorm = freeze_batchnorm
         self.ranges = ranges
+        self.percentile = percentile
         self.num_batches = num_batches
         self.learn_steps = learn_steps
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
@@ -309,7 +313,7 @@ class QuantizationAwareTraining(ModelEditor):
         self._quantize_once(trainer, pl_module, [first if len(first) > 1 else first[0]])
         network = self.network(pl_module)
         shown = trainer.is_global_zero and bool(trainer.progress_bar_callback)
-        calibrate(network, data, ranges=self.ranges, progress=shown)
+        calibrate(network, data, ranges=self.ranges, percentile=self.percentile, progress=shown)
         if isinstance(data, list):
             assert isinstance(network, Captured)
             improved |= improve_prepared(network, data, self.improve, progress=shown)

@@ -54,6 +54,7 @@ def check_settings(
     start: float,
     observes: bool,
     ranges: str,
+    percentile: float,
     num_batches: int,
     learn_steps: bool,
     improve: Sequence[str],
@@ -66,6 +67,7 @@ def check_settings(
         start: Progress from which on the network is prepared; 1 for none in integers.
         observes: Whether it begins with ranges alone.
         ranges: How a range follows from calibration data.
+        percentile: How many of the values lie inside one, for that method.
         num_batches: Batches to calibrate with.
         learn_steps: Whether steps are parameters.
         improve: What makes post-training quantization better.
@@ -76,6 +78,8 @@ def check_settings(
     """
     if ranges not in RANGES:
         raise RecipeError(f"quantize.ranges: expected one of {', '.join(RANGES)}, got {ranges!r}. Choose one.")
+    if not 50 < percentile <= 100:
+        raise RecipeError(f"quantize.percentile: expected more than 50, at most 100, got {percentile}. Use 99.99, say.")
     if num_batches < 1:
         raise RecipeError(f"quantize.num_batches: expected at least 1, got {num_batches}. Use 32, say.")
     if improve and start < 1:

@@ -159,6 +159,7 @@ def test_after_the_fit_with_ranges_from_training_data() -> None:
             r"quantize\.observe: expected a value below 0\.75, so that training rounds before it ends, got 0\.75",
         ),
         ({"observe": 0.1, "learn_steps": True}, r"quantize\.observe: expected none beside learn_steps"),
+        ({"percentile": 0.999}, r"quantize\.percentile: expected more than 50, at most 100, got 0\.999"),
         ({"num_batches": 0}, r"quantize\.num_batches: expected at least 1, got 0"),
     ],
 )
@@ -201,6 +202,17 @@ def test_data_without_a_length_calibrate() -> None:
     module, callback = classifier(), QuantizationAwareTraining(start=1, num_batches=2)
     trainer(max_steps=2, max_epochs=-1, callbacks=[callback]).fit(module, DataLoader(Stream(), batch_size=12))
     assert history_of(module).count("quantize") == 1
+
+
+def test_the_percentile_says_what_is_cut_off() -> None:
+    first: list[Tensor] = []
+    for percentile in (100.0, 90.0):
+        module = classifier()
+        callback = QuantizationAwareTraining(start=1, ranges="percentile", percentile=percentile, num_batches=2)
+        trainer(max_steps=1, callbacks=[callback]).fit(module, loader())
+        scales = [tensor for name, tensor in module.student.state_dict().items() if name.endswith(".scale")]
+        first.append(next(scale for scale in scales if scale.numel() == 1))
+    assert first[1] < 0.9 * first[0]
 
 
 def test_at_first_ranges_alone_are_learned() -> None:
