@@ -208,7 +208,7 @@ class _Bench:
     def measured_on(self) -> str:
         """What would make it another measurement."""
         words = [fingerprint_module(self._network), f"{self._num_batches} batches", str(self._callback.assignment)]
-        words += [f"{len(self._batches)} to calibrate, {self._callback.ranges}"]
+        words += [f"{len(self._batches)} to calibrate, {self._callback.ranges} {self._callback.percentile}"]
         return ", ".join([*words, str(replace(self._deadline, latency_ms=1, latency=None))])
 
     def start(self, before: Mixed | None) -> Mixed:
@@ -251,7 +251,7 @@ class _Bench:
         own = self._callback.assignment
         assignment = replace(own, layers=with_floats(own.layers, in_floats, FLOAT))
         prepared = prepare(copy.deepcopy(self._network), self._inputs, assignment)
-        calibrate(prepared, self._batches, ranges=self._callback.ranges)
+        calibrate(prepared, self._batches, ranges=self._callback.ranges, percentile=self._callback.percentile)
         return prepared, convert(prepared)
 
     def _call(self, network: nn.Module) -> Callable[[], object]:
