@@ -34,8 +34,9 @@ def quantize(name: str, row: dict[str, Any]) -> None:
     ONNX Runtime has to agree with the converted program.
 
     Where rounding the weights alone turns the output far, too, four times as far from float32 is right. The converted
-    program has to agree with what it comes from in every network, and ONNX Runtime with that, or as far as the
-    converted program agrees with itself when its inputs move by half a step of 8 bits.
+    program has to agree with what it comes from in every network, and ONNX Runtime with that, or lack no more than
+    twice what the converted program does of itself when its inputs move by half a step of 8 bits: ONNX Runtime rounds
+    otherwise at sums, pools and activations on the way, too.
 
     Args:
         name: Of the architecture.
@@ -120,7 +121,7 @@ def _export(converted: Captured, inputs: Any, row: dict[str, Any]) -> None:
         expected, moved = (first_output(converted(*each)).double().flatten(1) for each in (inputs, _moved(inputs)))
     row["exported"] = _cosine(torch.from_numpy(got).double().flatten(1), expected)
     row["moved"] = _cosine(moved, expected)
-    _judge(row, "exported", "of ONNX Runtime with converted", least=min(LEAST_COSINE, row["moved"]))
+    _judge(row, "exported", "of ONNX Runtime with converted", least=min(LEAST_COSINE, 2 * row["moved"] - 1))
 
 
 def _moved(inputs: Any) -> list[Tensor]:
