@@ -87,8 +87,8 @@ def _quantized(names: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
         f"{len(parts)} times a cosine is below {LEAST_COSINE} with float32, but lacks no more than {_MOST_TIMES} times "
         "what one lacks where nothing but the weights is rounded to 8 bits (in brackets); "
         f"{blind} of these say nothing, since rounding the weights alone leaves nothing to compare.",
-        f"{_far(done)} times the cosine of ONNX Runtime with the converted program is below {LEAST_COSINE}; in brackets "
-        "that of the converted program with itself, inputs moved by half a step.",
+        f"{_far(done)} times the cosine of ONNX Runtime with the converted program is below {LEAST_COSINE}; in "
+        "brackets that of the converted program with itself, inputs moved by half a step.",
         "",
     ]
     lines += [f"| {' | '.join(parts)} |" for parts in zip(*_INT8_COLUMNS)]
