@@ -6,13 +6,14 @@
 POST /predict takes one raw sample as nested lists, or as a text where the artefact holds a tokenizer, and gives its
 label and probabilities; GET /health says whether the server is ready. A sample of another shape, or with values that
 are no numbers, gets status 422 and never meets others; one that the network refuses gets it, too, and those beside it
-are served. Where sizes may vary, samples of one shape become one batch: none is padded. An artefact whose output (of
-several the one called ``logits``, else the first) is not of shape (N, classes) is refused at the start: it has no
-labels to answer with.
+are served. Where sizes may vary, samples of one shape become one batch: none is padded. A body beyond ``--max_body_mb``
+gets status 413: it is read where /health is answered, too. An artefact whose output (of several the one called
+``logits``, else the first) is not of shape (N, classes) is refused at the start: it has no labels to answer with.
 """
 
 import argparse
 import functools
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,24 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, field_validator
 
 import compress
-from compress.errors import CompressError
+from compress.errors import ArtifactError, CompressError
+from compress.measure.machine import describe_machine
 from compress.runtime.classes import check_classes
+from compress.runtime.engines import ENGINES, READS, engines_for, missing_package, runs_code
 from compress.runtime.examples import example_sizes
 from compress.runtime.inputs import preprocess
-from compress.runtime.manifest import Manifest, preprocesses_text, read_manifest
+from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
+from compress.runtime.requirements import why_not
 from compress.runtime.sizes import wrong_size
 from compress.runtime.text import Encode, make_encoder
+from compress.runtime.trust import Signed, read_signed
 
 Sample = np.ndarray | str
 Prediction = tuple[Any, np.ndarray] | Exception
 _SERVED = "COMPRESS_SERVED"
+_VALUE_BYTES = 32  # of a float64 as JSON writes it, with a comma and a blank or two
+_LEAST_BYTES = 1_000_000  # of the longest body, however small the input: it takes some hundredths of a second
+_OF_TYPICAL = 16  # a size without a limit of its own may be this much beyond the typical one
 
 
 class Query(BaseModel):
@@ -83,15 +91,18 @@ class Served(litserve.LitAPI):
         trust: Whether an artefact that was built elsewhere may run its code.
         max_batch_size: Most samples that are run at once.
         batch_timeout: Seconds that the first of a batch waits for others.
+        threads: Threads of one call; the engine's default without it.
     """
 
-    def __init__(self, path: str, *, engine: str, trust: bool, max_batch_size: int, batch_timeout: float) -> None:
+    def __init__(
+        self, path: str, *, engine: str, trust: bool, max_batch_size: int, batch_timeout: float, threads: int | None
+    ) -> None:
         super().__init__(max_batch_size=max_batch_size, batch_timeout=batch_timeout)
-        self.path, self.engine, self.trust = path, engine, trust
+        self.path, self.engine, self.trust, self.threads = path, engine, trust, threads
 
     def setup(self, device: str) -> None:
         """Load the artefact in the process that runs it."""
-        self.model = compress.load(self.path, engine=self.engine, trust=self.trust)
+        self.model = compress.load(self.path, engine=self.engine, num_threads=self.threads, trust=self.trust)
 
     def decode_request(self, request: Query) -> Sample:
         """Return the sample."""
@@ -147,39 +158,133 @@ async def refuse(request: Request, error: Exception) -> JSONResponse:
 
 def main() -> None:
     """Serve until stopped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; only this machine by default")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
-    parser.add_argument("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
-    parser.add_argument("--max_batch_size", type=int, default=32, metavar="N", help="most samples run at once")
-    parser.add_argument("--batch_timeout", type=float, default=0.002, metavar="S", help="seconds to wait for others")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that run the network")
+    parser = _parser()
     options = parser.parse_args()
     path = options.artifact / "artifact" if (options.artifact / "artifact").is_dir() else options.artifact
-    if options.max_batch_size < 2:
-        parser.error(f"--max_batch_size: expected at least 2, got {options.max_batch_size}. Use 32.")
+    path = path.resolve()
     try:
-        manifest = read_manifest(path)
-        check_classes(manifest)
+        _check_numbers(options)
+        manifest = _checked(path, options.engine, trust=options.trust)
     except CompressError as error:
-        parser.error(str(error))
-    if len(manifest.inputs) > 1 and not preprocesses_text(manifest.preprocessing or {}):
-        parser.error(
-            f"{path}: expected an artefact of one input, or with a tokenizer, got {len(manifest.inputs)} inputs."
-        )
-    os.environ[_SERVED] = str(path.resolve())
+        parser.error(" ".join(str(error).split()))
+    os.environ[_SERVED] = str(path)
     api = Served(
-        str(path.resolve()),
+        str(path),
         engine=options.engine,
         trust=options.trust,
         max_batch_size=options.max_batch_size,
         batch_timeout=options.batch_timeout,
+        threads=options.threads or _share(options.workers),
     )
-    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=options.workers)
+    server = litserve.LitServer(
+        api,
+        accelerator="cpu",
+        workers_per_device=options.workers,
+        max_payload_size=int(options.max_body_mb * 1e6) if options.max_body_mb else longest_body(manifest),
+    )
     server.app.add_exception_handler(RequestValidationError, refuse)
     server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
+
+
+def longest_body(manifest: Manifest) -> int:
+    """Return how many bytes a request may have: what the largest sample takes as numbers of full length, or 1 MB."""
+    steps = manifest.preprocessing or {}
+    if preprocesses_text(steps):
+        return max(_LEAST_BYTES, _VALUE_BYTES * steps["length"])
+    spec = manifest.inputs[0]
+    largest = {dimension: allowed.largest for dimension, allowed in spec.ranges.items()}
+    sizes = zip(spec.shape[1:], example_sizes(spec))
+    num = math.prod(
+        size or largest.get(place) or _OF_TYPICAL * typical for place, (size, typical) in enumerate(sizes, 1)
+    )
+    return max(_LEAST_BYTES, _VALUE_BYTES * num)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("artifact", type=Path, metavar="ARTIFACT")
+    hosts = ("127.0.0.1", "0.0.0.0", "::")
+    add("--host", default=hosts[0], choices=hosts, help="address to listen on; only this machine by default")
+    add("--port", type=int, default=8000)
+    add("--engine", default="auto", help="engine to serve with (default: the fastest here)")
+    add("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
+    add("--max_batch_size", type=int, default=32, metavar="N", help="most samples run at once")
+    add("--batch_timeout", type=float, default=0.002, metavar="S", help="seconds to wait for others")
+    add("--workers", type=int, default=1, metavar="N", help="processes that run the network")
+    add("--threads", type=int, metavar="N", help="threads of each of them (default: its share of the cores)")
+    add("--max_body_mb", type=float, metavar="MB", help="longest request (default: by the input's size, at least 1)")
+    return parser
+
+
+def _check_numbers(options: argparse.Namespace) -> None:
+    """Refuse what LitServe, or a process of it, would raise an error about.
+
+    Raises:
+        ArtifactError: which names the option.
+    """
+    for name, least, most, instead in (
+        ("port", 1024, 65535, 8000),
+        ("max_batch_size", 2, math.inf, 32),
+        ("batch_timeout", 0, 60, 0.002),
+        ("workers", 1, math.inf, 1),
+        ("threads", 1, math.inf, 1),
+        ("max_body_mb", 1e-3, 1e6, 1),
+    ):
+        number = getattr(options, name)
+        if number is not None and not least <= number <= most:
+            limit = f"at least {least}" if most == math.inf else f"a number from {least:g} to {most:g}"
+            raise ArtifactError(f"--{name}: expected {limit}, got {number}. Use {instead}.")
+
+
+def _checked(path: Path, engine: str, *, trust: bool) -> Manifest:
+    """Return an artefact's manifest once it can be served; what a worker finds wrong comes as its traceback.
+
+    Raises:
+        CompressError: when it cannot.
+    """
+    signed = read_signed(path)
+    manifest = signed.manifest
+    check_classes(manifest)
+    reads = preprocesses_text(manifest.preprocessing or {})
+    if len(manifest.inputs) > 1 and not reads:
+        raise ArtifactError(
+            f"{path}: expected an artefact of one input, or with a tokenizer, got {len(manifest.inputs)} inputs. "
+            "Call the model itself."
+        )
+    _check_engine(engine, signed, trust=trust)
+    for target in manifest.targets.values():
+        check_file(path, target)
+    check_files(path, manifest.files)
+    if reads:
+        _encoder(str(path))
+    return manifest
+
+
+def _check_engine(engine: str, signed: Signed, *, trust: bool) -> None:
+    """Refuse an engine that the artefact has not, or of which nothing can run here."""
+    targets = signed.manifest.targets
+    names = [name for name in engines_for(targets, "auto") if name in ENGINES]
+    if engine not in ("auto", *names):
+        raise ArtifactError(f"--engine: expected auto or one of {', '.join(names)}, got {engine}. Export that target.")
+    reasons = {name: _why_not(name, signed, trust) for name in (names if engine == "auto" else [engine])}
+    if all(reasons.values()):
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none that this version knows"
+        raise ArtifactError(f"--engine: expected one that runs here, got none ({why}). Name another, or install one.")
+
+
+def _why_not(engine: str, signed: Signed, trust: bool) -> str | None:
+    if runs_code(engine) and not (signed.ours or trust):
+        return "its file may run code, and was built elsewhere: say --trust if you know who made it"
+    package = missing_package(engine)
+    if package:
+        return f"{package} is not installed"
+    return why_not(signed.manifest.targets[READS.get(engine, engine)].requires)
+
+
+def _share(workers: int) -> int | None:
+    """Return the threads of each of several workers; one alone has the engine's default, all cores."""
+    return max(1, int(describe_machine()["cores"]) // workers) if workers > 1 else None
 
 
 def _numbers(value: list[Any]) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import nn
 from compress.export import export_artifact
 from compress.models import LSTMClassifier
 from compress.runtime import load
+from compress.runtime.manifest import Manifest, Range, TensorSpec
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length
 from tests.export.programs import artifact, edit, reviews
@@ -185,25 +188,107 @@ def test_texts_get_their_labels(tmp_path: Path) -> None:
     assert "expected a text, got another kind" in answers[20][1]["detail"][0]["message"]
 
 
+def test_a_body_longer_than_any_sample_is_refused_and_harms_nobody(port: int) -> None:
+    long = json.dumps({"inputs": [1] * 600_000})
+    good = json.dumps({"inputs": samples(1)[0].tolist()})
+    with ThreadPoolExecutor(3) as pool:
+        answers = list(pool.map(lambda body: ask(port, "POST", "/predict", body), [long, good, long]))
+    assert [status for status, _ in answers] == [413, 200, 413]
+    assert ask(port, "POST", "/predict", json.dumps({"inputs": [1] * 300_000}))[0] == 422  # it was read
+
+
+def test_the_longest_body_is_that_of_the_largest_sample_in_full_length() -> None:
+    def longest(*shape: int | None, **more: Any) -> int:
+        ranges = {2: Range("time", 1, more.get("largest"), 100)} if None in shape[2:] else {}
+        specs = (TensorSpec("x", "float32", (None, *shape[1:]), ranges),)
+        return serve.longest_body(Manifest("m", "", "", specs, specs, {}, preprocessing=more.get("preprocessing")))
+
+    serve = script()
+    sample = np.random.default_rng(0).standard_normal((3, 224, 224)) * 1e-100
+    for indent in (None, 0):
+        assert len(json.dumps({"inputs": sample.tolist()}, indent=indent)) < longest(None, 3, 224, 224) < 6e6
+    assert longest(None, 8) == longest(None, None) == 1e6
+    assert longest(None, 64, None, largest=2000) == 32 * 64 * 2000
+    assert longest(None, 64, None) == 32 * 64 * 1600
+    assert longest(None, 8, preprocessing={"tokenizer": "t.json", "length": 10**5}) == 32 * 10**5
+
+
+def test_workers_share_the_cores_and_the_longest_body_can_be_set(tmp_path: Path) -> None:
+    good = json.dumps({"inputs": samples(1)[0].tolist()})
+    options = ("--workers", "2", "--threads", "1", "--max_body_mb", "0.003")
+    with served(artifact(), tmp_path, *options) as port:
+        assert [ask(port, "POST", "/predict", body)[0] for body in (good, good + 2000 * " ")] == [200, 413]
+    serve = script()
+    cores = serve.describe_machine()["cores"]
+    assert [serve._share(workers) for workers in (1, 2, 10**4)] == [None, max(1, cores // 2), 1]
+    api = serve.Served("a", engine="e", trust=False, max_batch_size=2, batch_timeout=0, threads=3)
+    asked: dict[str, Any] = {}
+    serve.compress = SimpleNamespace(load=lambda path, **more: asked.update(more))
+    api.setup("cpu")
+    assert asked == {"engine": "e", "num_threads": 3, "trust": False}
+
+
 def test_other_paths_and_methods(port: int) -> None:
     assert ask(port, "GET", "/health") == (200, "ok")
     assert ask(port, "GET", "/nowhere")[0] == 404
     assert ask(port, "GET", "/predict")[0] == 405
 
 
-def test_what_cannot_be_served_is_said_at_once(tmp_path: Path) -> None:
+def test_what_cannot_be_served_is_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     plain = Path(shutil.copytree(reviews().artifact, tmp_path / "plain"))
     edit(plain, lambda content: content.update(preprocessing=None))
     numbers = Path(shutil.copytree(artifact(), tmp_path / "numbers"))
     edit(numbers, lambda content: content["outputs"][0].update(shape=[None, 5, 3]))
-    for path, message in [
-        (tmp_path, "expected an artefact with a manifest.json, got none"),
-        (plain, "expected an artefact of one input, or with a tokenizer, got 2 inputs"),
-        (numbers, "expected an output of shape (N, classes) to predict a label of each sample, got (N, 5, 3)"),
+    damaged, unsigned, words = (Path(shutil.copytree(artifact(), tmp_path / name)) for name in ("d", "u", "w"))
+    flip(damaged / "model.onnx")
+    (unsigned / "signature.json").write_text("[3]")
+    edit(words, lambda content: content.update(targets={}))
+    for path, options, message in [
+        (tmp_path, (), "expected an artefact with a manifest.json, got none"),
+        (plain, (), "expected an artefact of one input, or with a tokenizer, got 2 inputs"),
+        (numbers, (), "expected an output of shape (N, classes) to predict a label of each sample, got (N, 5, 3)"),
+        (damaged, (), "model.onnx: expected SHA-256"),
+        (unsigned, (), "signature.json: expected the manifest's checksum, got "),
+        (words, (), "--engine: expected one that runs here, got none (none that this version knows)"),
+        (artifact(), ("--engine", "quantum"), "--engine: expected auto or one of eager, "),
+        (artifact(), ("--workers", "0"), "--workers: expected at least 1, got 0. Use 1."),
+        (artifact(), ("--threads", "0"), "--threads: expected at least 1, got 0. Use 1."),
+        (artifact(), ("--port", "99999"), "--port: expected a number from 1024 to 65535, got 99999. Use 8000."),
+        (artifact(), ("--batch_timeout", "-1"), "--batch_timeout: expected a number from 0 to 60, got -1.0."),
+        (artifact(), ("--max_body_mb", "nan"), "--max_body_mb: expected a number from 0.001 to 1e+06, got nan."),
+        (artifact(), ("--host", "here"), "--host: invalid choice: 'here'"),
     ]:
-        command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(path)]
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-        )
-        assert done.returncode == 2
-        assert message in " ".join(done.stderr.split())
+        assert message in refusal(capsys, monkeypatch, path, *options)
+    monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "another"))
+    assert "eager: its file may run code" in refusal(capsys, monkeypatch, artifact(), "--engine", "eager")
+    command = [sys.executable, str(ROOT / "scripts" / "serve.py"), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: Path, *options: str) -> str:
+    """Return the line with which the script refuses to start."""
+    monkeypatch.setattr(sys, "argv", ["serve.py", str(path), *options])
+    with pytest.raises(SystemExit) as left:
+        script().main()
+    assert left.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("serve", ROOT / "scripts" / "serve.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
