@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 
+from compress.errors import ArtifactError
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest, TensorSpec
+from compress.runtime.sizes import described
 
 __all__ = ["example_call", "example_sizes"]
 
 _ANY = 8  # with a single pixel or step most networks do not run, and torch takes one for a constant
+_MOST = 2**28  # values of a sample, 1 GiB in float32: a volume of 512 x 512 x 512 has half as many
 
 
 def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
@@ -22,15 +26,39 @@ def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
 
 
 def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], Sequence[Any]]:
-    """Return a call that runs an engine on a batch of random inputs, of their typical sizes."""
+    """Return a call that runs an engine on a batch of random inputs, of their typical sizes.
+
+    Raises:
+        ArtifactError: when a sample would be larger than any network's, or the engine's file is of other sizes.
+    """
+    _check_sizes(engine, manifest)
     generator = np.random.default_rng(0)
     inputs: list[Any] = []
     for spec in manifest.inputs:
         shape = (batch, *example_sizes(spec))
-        values = generator.standard_normal(shape)
-        inputs.append(values.astype(spec.dtype) if "float" in spec.dtype else np.zeros(shape, spec.dtype))
+        if "float" in spec.dtype:
+            inputs.append(generator.standard_normal(shape, np.float32).astype(spec.dtype, copy=False))
+        else:
+            inputs.append(np.zeros(shape, spec.dtype))
     if engine.takes != "numpy":
         import torch
 
         inputs = [torch.from_numpy(array) for array in inputs]
     return lambda: engine(inputs)
+
+
+def _check_sizes(engine: Engine, manifest: Manifest) -> None:
+    """Refuse sizes before memory is asked for: whoever wrote the manifest may have written any."""
+    num = sum(abs(prod(example_sizes(spec))) for spec in manifest.inputs)
+    if num > _MOST:
+        raise ArtifactError(
+            f"{manifest.name}: expected inputs of at most {_MOST:,} values a sample, got {num:.3g}. Do not use it."
+        )
+    taken: Sequence[TensorSpec] = getattr(engine, "inputs", ())  # of engines whose files say so
+    for spec, own in zip(manifest.inputs, taken):
+        sizes = zip(spec.shape[1:], own.shape[1:])
+        if len(spec.shape) != len(own.shape) or any(None not in pair and pair[0] != pair[1] for pair in sizes):
+            raise ArtifactError(
+                f"{spec.name}: expected shape {described(own)}, as the engine's file has, got {described(spec)} in the "
+                "manifest. Export again."
+            )

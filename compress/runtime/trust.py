@@ -25,6 +25,8 @@ SIGNATURE = "signature.json"
 
 _Signature = Mapping[str, str | None]
 
+_MOST_BYTES = 2**16  # of a signature: two are some hundred
+
 
 @dataclass(frozen=True)
 class Signed:
@@ -96,7 +98,7 @@ def _matching(directory: Path, content: bytes) -> _Signature:
     """Return the signature of a manifest's content: of the manifest that is there, or of the one that follows it."""
     file, checksum = directory / SIGNATURE, hashlib.sha256(content).hexdigest()
     try:
-        written = json.loads(file.read_bytes())
+        written = json.loads(_content(file))
         signatures = [
             {name: one[name] for name in ("sha256", "hmac_sha256")} for one in (written, written.get("next")) if one
         ]
@@ -110,6 +112,17 @@ def _matching(directory: Path, content: bytes) -> _Signature:
             f"{directory / 'manifest.json'}: expected the SHA-256 of {SIGNATURE}, got another. Export again."
         )
     return found[0]
+
+
+def _content(file: Path) -> bytes:
+    """Return what a signature's file holds: of what is no file, or has no end, a reader would never come back."""
+    if not file.is_file():
+        raise FileNotFoundError("no such file")
+    with file.open("rb") as handle:
+        content = handle.read(_MOST_BYTES + 1)
+    if len(content) > _MOST_BYTES:
+        raise ValueError(f"more than {_MOST_BYTES:,} bytes")
+    return content
 
 
 def _key(*, make: bool) -> bytes | None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -120,6 +121,24 @@ def test_a_damaged_signature_is_refused(copy: Path, content: bytes | None) -> No
     file.unlink() if content is None else file.write_bytes(content)
     with pytest.raises(ArtifactError, match="Export again"):
         load(copy)
+
+
+@pytest.mark.timeout(60)
+def test_a_signature_that_is_no_file_or_has_no_end_is_refused_at_once(copy: Path) -> None:
+    file = copy / SIGNATURE
+    for make, reason in [
+        (lambda: os.mkfifo(file), "FileNotFoundError"),
+        (lambda: file.symlink_to("/dev/zero"), "FileNotFoundError"),
+        (lambda: file.mkdir(), "FileNotFoundError"),
+        (lambda: file.write_bytes(b" " * 2**16 + b"{}"), "ValueError: more than 65,536 bytes"),
+    ]:
+        file.unlink()
+        make()
+        with pytest.raises(ArtifactError, match=f"expected the manifest's checksum, got {reason}"):
+            load(copy)
+        if file.is_dir():
+            file.rmdir()
+            file.touch()
 
 
 @pytest.mark.parametrize("made_by", ["", "0" * 64, "\u00e4", 5, None])
