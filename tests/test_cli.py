@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import compress.cli
+import compress.runtime
 from compress.models import ResNet
 
 DIGITS = ["--trainer.max_epochs", "1", "--teacher.max_epochs", "1"]
@@ -189,6 +192,25 @@ def test_engines_are_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> N
         assert (code, message in err) == (2, True), err
     code, _, err = call(capsys, "bench", "run", "--threads", "1")
     assert (code, "expected an artefact beside --threads, got run. Give run/artifact" in err) == (2, True)
+
+
+def test_what_loading_says_is_printed_and_other_libraries_chatter_is_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact_of_a_run()
+    load = compress.runtime.load
+
+    def warning(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn("left out on this machine: one", stacklevel=2)
+        warnings.warn("device: the CPU serves", stacklevel=2)
+        warnings.warn_explicit("chatter", UserWarning, "/a/library.py", 1)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(compress.runtime, "load", warning)
+    words = ["bench", "run/artifact", "--batch_sizes", "1", "--threads", "1", "--seconds", "0.01"]
+    code, out, _ = call(capsys, *words, "--json", "rows.json")
+    assert (code, "device: the CPU serves" in out, "chatter" in out) == (0, True, False)
+    assert json.loads(Path("rows.json").read_text())["left_out"] == ["left out on this machine: one"]
 
 
 def test_rows_of_a_table_are_predicted(capsys: pytest.CaptureFixture[str]) -> None:

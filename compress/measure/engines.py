@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from compress.errors import RunError
 from compress.measure.drawing import LIGHT, NUM_SERIES, new_figure, style
 from compress.measure.units import as_count, as_ms
 
-__all__ = ["BASELINE", "FLOATS", "check_picture", "engines_note", "engines_table", "save_engines"]
+__all__ = ["BASELINE", "FLOATS", "check_picture", "engines_failed", "engines_note", "engines_table", "save_engines"]
 
 BASELINE = "eager"
 """The engine that others are compared with: the artefact's program, operator by operator."""
@@ -35,7 +36,7 @@ def engines_table(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -
     """Return the table for the terminal: a section for each batch size and number of threads, the fastest first.
 
     Args:
-        rows: ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``.
+        rows: ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``; the values of what did not run are None.
         about: ``name, scheme, engines_by_batch`` of the artefact.
     """
     table = Table(box=box.SIMPLE_HEAD, title=Text(_title(about)), pad_edge=False)
@@ -68,6 +69,12 @@ def engines_note(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) ->
     more = ", its integers computed in floats" if about["scheme"] else ""
     text = f"{text}; {BASELINE}: the artefact's program in fp32, operator by operator{more}"
     return f"{text}; {FLOATS}: the same without rounding" if _baseline(rows) == FLOATS else text
+
+
+def engines_failed(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each reason for which an engine has no values."""
+    failed = [row for row in rows if row["p50_ms"] is None]
+    return list(dict.fromkeys(f"{row['engine']} did not run {' '.join(row['reason'].split())}" for row in failed))
 
 
 def check_picture(file: str) -> None:
@@ -135,6 +142,10 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], engines: Sequence[str]
         number = threads.index(row["threads"])
         y = engines.index(row["engine"]) + (number - (len(threads) - 1) / 2) * step
         color = _color(number)
+        if row["p50_ms"] is None:
+            place = axes.get_yaxis_transform()  # from the left edge, whatever is measured beside it
+            axes.text(0.01, y, "did not run", transform=place, va="center", fontsize=8, color=LIGHT.muted)
+            continue
         axes.plot([row["p50_ms"], row["p95_ms"]], [y, y], color=color, linewidth=1.4, solid_capstyle="butt")
         axes.plot(row["p50_ms"], y, color=color, marker="o", ms=5)
         axes.annotate(
@@ -146,7 +157,9 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], engines: Sequence[str]
             fontsize=8,
             color=LIGHT.muted,
         )
-    low, high = min(row["p50_ms"] for row in rows), max(row["p95_ms"] for row in rows)
+    measured = [row for row in rows if row["p50_ms"] is not None]
+    low = min((row["p50_ms"] for row in measured), default=1.0)
+    high = max((row["p95_ms"] for row in measured), default=1.0)
     span = max(high / low, 2.0)
     axes.set_xscale("log")
     axes.set_xlim(low / span**0.08, high * span**0.6)  # what is written beside the last needs its place
@@ -165,13 +178,14 @@ def _sections(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, int]]:
 
 def _chosen(rows: Sequence[Mapping[str, Any]], batch: int, threads: int) -> list[Mapping[str, Any]]:
     chosen = [row for row in rows if (row["batch"], row["threads"]) == (batch, threads)]
-    return sorted(chosen, key=lambda row: row["p50_ms"])
+    return sorted(chosen, key=_ms)
 
 
 def _against_baseline(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Return how many times faster a row is than the baseline among others, ``None`` where that is absent."""
+    """Return how many times faster a row is than the baseline among others, ``None`` where one of the two is absent."""
     name = _baseline(rows)
-    return next((float(other["p50_ms"] / row["p50_ms"]) for other in rows if other["engine"] == name), None)
+    base = next((other["p50_ms"] for other in rows if other["engine"] == name), None)
+    return None if base is None or row["p50_ms"] is None else float(base / row["p50_ms"])
 
 
 def _baseline(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -179,7 +193,11 @@ def _baseline(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _fastest(rows: Sequence[Mapping[str, Any]], engine: str) -> float:
-    return min(row["p50_ms"] / row["batch"] for row in rows if row["engine"] == engine)
+    return min(_ms(row) / row["batch"] for row in rows if row["engine"] == engine)
+
+
+def _ms(row: Mapping[str, Any]) -> float:
+    return math.inf if row["p50_ms"] is None else float(row["p50_ms"])
 
 
 def _title(about: Mapping[str, Any]) -> str:

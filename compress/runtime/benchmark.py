@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from typing import Any
 
 from compress.errors import ArtifactError
-from compress.measure.latency import measure_latency, progress_bar
+from compress.measure.latency import Latency, measure_latency, progress_bar
+from compress.runtime.dispatch import able
 from compress.runtime.engines import Engine
-from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest
 
 __all__ = ["measure_engines", "torch_threads_kept"]
@@ -37,7 +37,8 @@ def measure_engines(
         progress: Whether to show a progress bar.
 
     Returns:
-        Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``; the last is by the median.
+        Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second, reason``: the last but one is by the
+        median, and the last says why an engine did not run such a batch, where it has no values.
 
     Raises:
         ArtifactError: when a batch size or a number of threads is not positive, or a batch larger than the files take.
@@ -55,19 +56,9 @@ def measure_engines(
                 def advance(fraction: float, step: int = step) -> None:
                     show((step + fraction) / num_steps)
 
-                calls = {name: example_call(run, manifest, batch) for name, run in runs.items()}
+                calls, reasons = able(runs, manifest, batch)
                 measured = measure_latency(calls, seconds=seconds, advance=advance)
-                rows += [
-                    {
-                        "batch": batch,
-                        "engine": name,
-                        "threads": runs[name].threads,
-                        "p50_ms": latency.p50_ms,
-                        "p95_ms": latency.p95_ms,
-                        "samples_per_second": 1e3 * batch / latency.p50_ms,
-                    }
-                    for name, latency in measured.items()
-                ]
+                rows += [_row(batch, name, run, measured.get(name), reasons.get(name)) for name, run in runs.items()]
     return rows
 
 
@@ -78,6 +69,18 @@ def torch_threads_kept() -> AbstractContextManager[None]:
     from compress.measure.threads import torch_threads
 
     return torch_threads(None)
+
+
+def _row(batch: int, name: str, run: Engine, latency: Latency | None, reason: str | None) -> dict[str, Any]:
+    return {
+        "batch": batch,
+        "engine": name,
+        "threads": run.threads,
+        "p50_ms": latency and latency.p50_ms,
+        "p95_ms": latency and latency.p95_ms,
+        "samples_per_second": latency and 1e3 * batch / latency.p50_ms,
+        "reason": reason,
+    }
 
 
 def _check(name: str, numbers: Sequence[int], largest: int | None) -> None:

@@ -14,7 +14,7 @@ from compress.runtime.engines import Engine
 from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest
 
-__all__ = ["BUCKETS", "Times", "batch_sizes", "choose", "measure", "picker"]
+__all__ = ["BUCKETS", "Times", "able", "batch_sizes", "choose", "measure", "picker"]
 
 BUCKETS = (1, 4, 16, 32)
 """Batch sizes that are measured; a batch is served as the nearest of them, by ratio."""
@@ -61,11 +61,11 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
             expected = min(before.values(), default=0.0) * size / sizes[step - 2]
             if expected > _LONGEST_MS:
                 break
-            able = [name for name in engines if name not in reasons]
-            names = _close(before) if expected > _LONG_MS else able
-            calls, fails = _able(engines, names, manifest, size)
+            left = [name for name in engines if name not in reasons]
+            names = _close(before) if expected > _LONG_MS else left
+            calls, fails = able({name: engines[name] for name in names}, manifest, size)
             if not calls:  # those that were far behind may run
-                calls, others = _able(engines, [name for name in able if name not in names], manifest, size)
+                calls, others = able({name: engines[name] for name in left if name not in names}, manifest, size)
                 fails |= others
             if not calls:
                 reasons |= {} if times else fails
@@ -77,6 +77,31 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
             times[size] = {name: growth * ms for name, ms in before.items()} | found
             advance(step / len(sizes))
     return {size: {name: ms for name, ms in row.items() if name not in reasons} for size, row in times.items()}, reasons
+
+
+def able(
+    engines: Mapping[str, Engine], manifest: Manifest, batch: int
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Return calls of those engines that run a batch of a size, and why the others do not.
+
+    Each has run once: memory that it needs for such a batch it has afterwards.
+
+    Args:
+        engines: Loaded, by name.
+        manifest: Of their artefact.
+        batch: Samples in a call.
+    """
+    calls: dict[str, Callable[[], object]] = {}
+    fails: dict[str, str] = {}
+    for name, engine in engines.items():
+        try:
+            call = example_call(engine, manifest, batch)
+            call()
+        except Exception as error:  # an engine's library raises anything
+            fails[name] = f"a batch of {batch}: {type(error).__name__}: {str(error).strip()[:200]}"
+        else:
+            calls[name] = call
+    return calls, fails
 
 
 def choose(times: Times) -> dict[int, str]:
@@ -121,24 +146,6 @@ def picker(serves: Mapping[int, str]) -> Callable[[int], str]:
     # The nearest by ratio changes at the geometric mean.
     borders = [isqrt(low * high) for low, high in pairwise(sizes)]
     return lambda num: names[bisect_left(borders, num)]
-
-
-def _able(
-    engines: Mapping[str, Engine], names: Sequence[str], manifest: Manifest, size: int
-) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """Return calls of those engines that run a batch of a size, and why the others do not."""
-    calls = {name: example_call(engines[name], manifest, size) for name in names}
-    fails = {name: reason for name, call in calls.items() if (reason := _first_call(call, size))}
-    return {name: call for name, call in calls.items() if name not in fails}, fails
-
-
-def _first_call(call: Callable[[], object], size: int) -> str | None:
-    """Say why an engine does not run a batch, where it does not; memory that it needs for such it has afterwards."""
-    try:
-        call()
-    except Exception as error:  # an engine's library raises anything
-        return f"a batch of {size}: {type(error).__name__}: {str(error).strip()[:200]}"
-    return None
 
 
 def _race(calls: Mapping[str, Callable[[], object]], seconds: float) -> dict[str, float]:

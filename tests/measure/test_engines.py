@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from compress.errors import RunError
-from compress.measure.engines import engines_note, engines_table, save_engines
+from compress.measure.engines import engines_failed, engines_note, engines_table, save_engines
 
 ABOUT: dict[str, Any] = {"name": "small", "scheme": "int8", "engines_by_batch": {1: "fast", 4: "fast", 16: "wide"}}
 
@@ -62,6 +62,23 @@ def test_the_note_says_what_serves_and_what_eager_is() -> None:
     assert "integers" in note
     assert "integers" not in engines_note(ROWS, ABOUT | {"scheme": None})
     assert "no eager to compare with" in engines_note(ROWS[1:3], ABOUT | {"engines_by_batch": {1: "fast"}})
+
+
+def test_what_did_not_run_comes_last_without_values_and_with_its_reason(tmp_path: Path) -> None:
+    absent = {"p50_ms": None, "p95_ms": None, "samples_per_second": None}
+    rows = [*ROWS[:-1], {**ROWS[-1], **absent, "reason": "a batch of 32: Error: no\nroom"}]
+    lines = printed(rows)
+    assert [line[-5:] for line in lines if line[-5:-4] in (["fast"], ["wide"])][-1] == ["wide", *"––––"]
+    assert engines_failed(rows) == ["wide did not run a batch of 32: Error: no room"]
+    assert engines_failed(rows[:-1]) == []
+    text = save_engines(rows, ABOUT, str(tmp_path / "a.svg")).read_text()
+    assert text.count("did not run") == 1
+    assert text.count(" ms, ") == save_engines(ROWS, ABOUT, str(tmp_path / "b.svg")).read_text().count(" ms, ") - 1
+    nothing = [{**entry, **absent, "reason": "a batch of 1: Error"} for entry in ROWS[:3]]
+    assert save_engines(nothing, ABOUT, str(tmp_path / "c.svg")).read_text().count("did not run") == 3
+    assert ["1", "1", "eager", *"––––"] in printed(nothing)
+    without = [{**ROWS[0], **absent, "reason": "a batch of 1: Error"}, *ROWS[1:3]]  # nothing to compare with
+    assert ["1", "1", "fast", "0.500", "1.00", "2.00", "k", "–"] in printed(without)
 
 
 def test_the_picture_names_engines_threads_and_figures(tmp_path: Path) -> None:

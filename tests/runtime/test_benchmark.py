@@ -58,6 +58,24 @@ def test_an_engine_that_keeps_its_threads_is_measured_once() -> None:
     assert [(row["engine"], row["threads"]) for row in rows] == [("a", 3)]
 
 
+def test_an_engine_that_does_not_run_a_batch_has_a_row_with_the_reason() -> None:
+    class Narrow(Sleeper):
+        def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+            if len(inputs[0]) > 32:
+                raise MemoryError("no room")
+            return super().__call__(inputs)
+
+    runs = {"a": Sleeper(3), "narrow": Narrow(3)}
+    model = CompactModel(_FREE, runs, lambda name, threads=None: runs[name], engines=["a", "narrow"], serves={1: "a"})
+    rows = model.benchmark((1, 64), seconds=0.01)
+    assert [(row["batch"], row["engine"]) for row in rows] == [(1, "a"), (1, "narrow"), (64, "a"), (64, "narrow")]
+    assert [row["reason"] for row in rows] == [None, None, None, "a batch of 64: MemoryError: no room"]
+    assert all(row["p50_ms"] > 0 for row in rows[:3])
+    assert rows[3] | {"p50_ms": None, "p95_ms": None, "samples_per_second": None} == rows[3]
+    runs["a"] = runs["narrow"]
+    assert [row["p50_ms"] for row in model.benchmark((64,), threads=[1], seconds=0.01)] == [None, None]
+
+
 def test_torch_has_its_threads_back() -> None:
     before = torch.get_num_threads()
     rows = load(artifact(), engine="eager").benchmark((1,), threads=[before + 1], seconds=0.01)
