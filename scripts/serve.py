@@ -29,11 +29,11 @@ import compress
 from compress.errors import ArtifactError, CompressError
 from compress.measure.machine import describe_machine
 from compress.runtime.classes import check_classes
-from compress.runtime.engines import ENGINES, READS, engines_for, missing_package, runs_code
+from compress.runtime.engines import ENGINES, engines_for
 from compress.runtime.examples import example_sizes
 from compress.runtime.inputs import preprocess
+from compress.runtime.loading import why_left_out
 from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
-from compress.runtime.requirements import why_not
 from compress.runtime.sizes import wrong_size
 from compress.runtime.text import Encode, make_encoder
 from compress.runtime.trust import Signed, read_signed
@@ -265,19 +265,11 @@ def _check_engine(engine: str, signed: Signed, *, trust: bool) -> None:
     names = [name for name in engines_for(targets, "auto") if name in ENGINES]
     if engine not in ("auto", *names):
         raise ArtifactError(f"--engine: expected auto or one of {', '.join(names)}, got {engine}. Export that target.")
-    reasons = {name: _why_not(name, signed, trust) for name in (names if engine == "auto" else [engine])}
+    wanted = names if engine == "auto" else [engine]
+    reasons = {name: why_left_out(name, signed.manifest, trusted=signed.ours or trust) for name in wanted}
     if all(reasons.values()):
         why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items()) or "none that this version knows"
         raise ArtifactError(f"--engine: expected one that runs here, got none ({why}). Name another, or install one.")
-
-
-def _why_not(engine: str, signed: Signed, trust: bool) -> str | None:
-    if runs_code(engine) and not (signed.ours or trust):
-        return "its file may run code, and was built elsewhere: say --trust if you know who made it"
-    package = missing_package(engine)
-    if package:
-        return f"{package} is not installed"
-    return why_not(signed.manifest.targets[READS.get(engine, engine)].requires)
 
 
 def _share(workers: int) -> int | None:

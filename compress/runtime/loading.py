@@ -32,7 +32,7 @@ from compress.runtime.requirements import why_not
 from compress.runtime.text import Encode, make_encoder
 from compress.runtime.trust import Signed, read_signed
 
-__all__ = ["load", "load_and_call"]
+__all__ = ["load", "load_and_call", "why_left_out"]
 
 
 def load(
@@ -87,7 +87,7 @@ def load(
         check_outputs(example_call(engine, manifest, 1)(), manifest, name)
         return engine
 
-    reasons = {name: reason for name in wanted if (reason := _why_not(name, manifest, trusted=trusted))}
+    reasons = {name: reason for name in wanted if (reason := why_left_out(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
     memory = Memory([signed.signature["sha256"], able], able, num_threads)
     times, failed = memory.read() if len(able) > 1 and not measure_again else ({}, [])
@@ -181,14 +181,21 @@ def load_and_call(path: str, engine: str) -> Callable[[], object]:
     directory = Path(path)
     signed = read_signed(directory)
     manifest = signed.manifest
-    reason = _why_not(engine, manifest, trusted=signed.ours)
+    reason = why_left_out(engine, manifest, trusted=signed.ours)
     if reason:
         raise ArtifactError(f"{engine}: expected an engine that runs here, got none ({reason}). Name another.")
     file = check_file(directory, manifest.targets[READS.get(engine, engine)])
     return example_call(make_engine(engine, file), manifest, 1)
 
 
-def _why_not(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
+def why_left_out(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
+    """Say why an engine cannot serve an artefact here, or ``None``.
+
+    Args:
+        name: Of the engine.
+        manifest: Of the artefact, with its target.
+        trusted: Whether files may run code.
+    """
     if name not in ENGINES:
         return "this version does not know it"
     if runs_code(name) and not trusted:

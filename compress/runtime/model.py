@@ -148,7 +148,8 @@ class CompactModel:
             beside: What makes further ones, by name, that the artefact does not have: something to compare with.
 
         Returns:
-            Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``; the last is by the median.
+            Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``, which is by the median, and
+            ``reason``: of an engine that does not run such a batch there is that alone.
 
         Raises:
             ArtifactError: when a number is not positive, or a batch larger than the artefact takes at once.
