@@ -28,7 +28,7 @@ from pydantic import BaseModel, field_validator
 import compress
 from compress.errors import ArtifactError, CompressError
 from compress.measure.machine import describe_machine
-from compress.runtime.classes import check_classes
+from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.engines import ENGINES, engines_for
 from compress.runtime.examples import example_sizes
 from compress.runtime.inputs import preprocess
@@ -77,6 +77,8 @@ class Query(BaseModel):
         reason = wrong_size(manifest.inputs[:1], [given.shape])
         if reason:
             raise ValueError(reason)
+        if not np.isfinite(given).all():
+            raise ValueError("expected finite numbers")
         return value
 
 
@@ -131,7 +133,8 @@ class Served(litserve.LitAPI):
     def _try(self) -> None:
         """Raise where nothing runs any more: then the sample before is not to blame, and status 500 says so."""
         specs = self.model.manifest.inputs
-        self.model(*(np.zeros((1, *example_sizes(spec)), spec.dtype) for spec in specs))
+        outputs = self.model(*(np.zeros((1, *example_sizes(spec)), spec.dtype) for spec in specs))
+        check_scores(np.asarray(scores(outputs, self.model.manifest)), self.model.manifest)
 
     def unbatch(self, output: list[Prediction]) -> list[Prediction]:
         """Return one output for each sample."""

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from compress.errors import ArtifactError, ExportError, RecipeError
 from compress.export import Gates, export_artifact
 from compress.export import convert as add_targets
 from compress.export.options import Options
+from compress.export.products import products
 from compress.measure.machine import has_vnni
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.layers import Assignment, engine_mistakes, read_assignment
@@ -51,8 +53,9 @@ def export(run: RunDirectory) -> None:
         run.console.print(note, soft_wrap=True)
     fresh = run.path / "artifact.new"
     shutil.rmtree(fresh, ignore_errors=True)
+    program = export_program(run.deployed, tuple(tensor[:2] for tensor in inputs), lengths=settings.lengths)
     manifest = export_artifact(
-        export_program(run.deployed, tuple(tensor[:2] for tensor in inputs), lengths=settings.lengths),
+        program,
         fresh,
         targets=settings.targets,
         options=settings.options,
@@ -62,7 +65,7 @@ def export(run: RunDirectory) -> None:
         gates=Gates(
             max_relative_error=settings.max_relative_error,
             min_top1_agreement=settings.min_top1_agreement,
-            min_int8_fraction=settings.min_int8_fraction if quantized and quantized.has_kernels else 0,
+            min_int8_fraction=_gate(quantized, program, settings.min_int8_fraction),
         ),
         metadata={
             "name": run.recipe.name,
@@ -118,6 +121,17 @@ def convert(
             f"{type(error).__name__}: {error}. Export again."
         ) from error
     return add_targets(path, targets, inputs=inputs, options=options, replace=replace, trust=trust, progress=True)
+
+
+def _gate(quantized: Assignment | None, program: ExportedProgram, wanted: float) -> float:
+    """Return the share of the work to ask for in integers: where a few layers alone are in them, of what these do."""
+    if quantized is None or not quantized.has_kernels:
+        return 0.0
+    if quantized.scheme.has_kernels:
+        return wanted
+    found = products(program)
+    rounded = sum(product.macs for product in found if product.quantized)
+    return wanted * rounded / max(1, sum(product.macs for product in found))
 
 
 def _dropped_gate(quantized: Assignment, wanted: float) -> str | None:

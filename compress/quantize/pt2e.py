@@ -256,13 +256,30 @@ def _norm_constants(graph_module: GraphModule) -> dict[str, tuple[float, float]]
 
 
 def _check_norms(graph_module: GraphModule) -> None:
-    """Refuse what PT2E's fused pattern would compute with statistics that are not there."""
+    """Refuse what PT2E's fused pattern would compute with statistics or factors that are not there, or of others."""
     for node in graph_module.graph.nodes:
-        if node.target is _BATCH_NORM and node.args[4] is None and "conv" in str(node.args[0].target):
+        layer: Any = node.args[0] if node.target is _BATCH_NORM else None
+        if layer is None or "conv" not in str(layer.target):
+            continue
+        if node.args[4] is None:
+            lacks, do = "running statistics", "Set track_running_stats=True"
+        elif None in node.args[1:3]:
+            lacks, do = "factors and biases of their own", "Set affine=True"
+        elif "transpose" in str(layer.target) and _groups_of(layer) > 1:
             raise CaptureError(
-                f"quantize: expected BatchNorms with running statistics behind convolutions, got {layer_of(node)!r} "
-                "without. Set track_running_stats=True, or leave quantize out."
+                f"quantize: expected transposed convolutions of one group in front of BatchNorms, got "
+                f"{layer_of(layer)!r} with {_groups_of(layer)}. Set groups=1, or leave quantize out."
             )
+        else:
+            continue
+        raise CaptureError(
+            f"quantize: expected BatchNorms with {lacks} behind convolutions, got {layer_of(node)!r} without. {do}, or "
+            "leave quantize out."
+        )
+
+
+def _groups_of(transposed: Any) -> int:
+    return int(transposed.args[6]) if len(transposed.args) > 6 else 1
 
 
 def _has_statistics(node: Node) -> bool:

@@ -45,8 +45,7 @@ def may_overlap(inputs: Sequence[Any], buffers: Sequence[Any]) -> bool:
         inputs: Arrays or tensors.
         buffers: Of their kind.
     """
-    read, written = ([_array(value) for value in values] for values in (inputs, buffers))
-    return any(x is not None and out is not None and np.may_share_memory(x, out) for x, out in product(read, written))
+    return any(_overlap(x, out) for x, out in product(inputs, buffers))
 
 
 def fill(engine: Engine, inputs: Sequence[Any], buffers: Sequence[Any], manifest: Manifest) -> None:
@@ -122,6 +121,15 @@ def _where(manifest: Manifest, place: int) -> str:
     if manifest.structure is None:
         return "out"
     return f"out[{manifest.outputs[place].name!r}]" if manifest.structure == "dict" else f"out[{place}]"
+
+
+def _overlap(x: Any, out: Any) -> bool:
+    read, written = _array(x), _array(out)
+    if read is not None and written is not None:
+        return np.may_share_memory(read, written)
+    if read is not None or written is not None:
+        return False
+    return bool(x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr())
 
 
 def _memory(value: Any) -> np.ndarray | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from compress.errors import ArtifactError
+from compress.runtime.inputs import numbers_of
 from compress.runtime.manifest import Manifest
 from compress.runtime.sizes import described
 from compress.runtime.values import class_output
@@ -49,8 +50,8 @@ def check_scores(logits: np.ndarray, manifest: Manifest) -> None:
     known = np.isfinite(logits.max(-1))  # NaN where one is
     if not known.all():
         raise ArtifactError(
-            f"{manifest.name}: expected finite scores of classes, got {logits.max(-1)[~known][0]} for sample "
-            f"{int(np.argmin(known))}. Look at its values: the network was trained with others."
+            f"{manifest.name}: expected finite scores of classes, got {logits.max(-1)[~known][0]} for samples "
+            f"{numbers_of(~known)}. Look at their values: the network was trained with others."
         )
 
 

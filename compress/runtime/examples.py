@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.errors import ArtifactError
+from compress.errors import ArtifactError, EngineError
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest, TensorSpec
 from compress.runtime.sizes import described
@@ -16,7 +16,7 @@ from compress.runtime.sizes import described
 __all__ = ["example_call", "example_sizes"]
 
 _ANY = 8  # with a single pixel or step most networks do not run, and torch takes one for a constant
-_MOST = 2**28  # values of a sample, 1 GiB in float32: a volume of 512 x 512 x 512 has half as many
+_MOST = 2**30  # values of a sample, 4 GiB in float32: a volume of 1024 x 1024 x 1024
 
 
 def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
@@ -29,7 +29,8 @@ def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[],
     """Return a call that runs an engine on a batch of random inputs, of their typical sizes.
 
     Raises:
-        ArtifactError: when a sample would be larger than any network's, or the engine's file is of other sizes.
+        ArtifactError: when a sample would be larger than any network's.
+        EngineError: when the engine's file is of other sizes.
     """
     _check_sizes(engine, manifest)
     generator = np.random.default_rng(0)
@@ -58,7 +59,7 @@ def _check_sizes(engine: Engine, manifest: Manifest) -> None:
     for spec, own in zip(manifest.inputs, taken):
         sizes = zip(spec.shape[1:], own.shape[1:])
         if len(spec.shape) != len(own.shape) or any(None not in pair and pair[0] != pair[1] for pair in sizes):
-            raise ArtifactError(
+            raise EngineError(
                 f"{spec.name}: expected shape {described(own)}, as the engine's file has, got {described(spec)} in the "
                 "manifest. Export again."
             )

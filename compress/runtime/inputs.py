@@ -12,7 +12,9 @@ from compress.runtime.manifest import Manifest, TensorSpec, preprocesses_text
 from compress.runtime.sizes import described
 from compress.runtime.text import Encode
 
-__all__ = ["Raw", "check_dense", "check_tokenizer", "in_order", "preprocess", "raw_inputs"]
+__all__ = ["Raw", "check_dense", "check_tokenizer", "in_order", "numbers_of", "preprocess", "raw_inputs"]
+
+_NAMED = 5
 
 Raw = np.ndarray | Sequence[str] | Mapping[str, np.ndarray]
 """Samples as they are stored: an array, texts, or an array for each input by its name."""
@@ -74,7 +76,7 @@ def preprocess(raw: Any, manifest: Manifest) -> np.ndarray:
     mean, std = (np.asarray(steps[key], dtype=np.float32).reshape(wide) for key in ("mean", "std"))
     with np.errstate(over="ignore", invalid="ignore"):
         values = (raw.astype(np.float32) * np.float32(steps["scale"]) - mean) / std
-    return _cast(values, spec)
+    return _cast(values, spec, given=raw)
 
 
 def in_order(given: Mapping[str, Any] | Sequence[Any], manifest: Manifest) -> tuple[Any, ...]:
@@ -118,6 +120,17 @@ def check_dense(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
             raise ArtifactError(f"{spec.name}: expected a dense tensor with values, got {got}. Convert it.")
 
 
+def numbers_of(wrong: np.ndarray) -> str:
+    """Name the samples in which something is wrong, the first of them, for messages.
+
+    Example:
+        >>> numbers_of(np.array([[False, False], [False, True], [True, True]]))
+        '1, 2'
+    """
+    places = np.flatnonzero(wrong.reshape(len(wrong), -1).any(1))
+    return ", ".join(map(str, places[:_NAMED])) + (f" and {len(places) - _NAMED} more" if len(places) > _NAMED else "")
+
+
 def _numbers(raw: Any, spec: TensorSpec) -> np.ndarray:
     if hasattr(raw, "detach"):
         check_dense([raw], [spec])
@@ -131,7 +144,7 @@ def _numbers(raw: Any, spec: TensorSpec) -> np.ndarray:
     return array
 
 
-def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
+def _cast(array: np.ndarray, spec: TensorSpec, given: np.ndarray | None = None) -> np.ndarray:
     try:
         with np.errstate(invalid="ignore", over="ignore"):
             cast = array.astype(spec.dtype)
@@ -139,9 +152,10 @@ def _cast(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
         raise ArtifactError(f"{spec.name}: expected numbers, got {error}. Correct them.") from error
     if cast.dtype.kind in "iu" and not np.array_equal(cast, array):
         raise ArtifactError(f"{spec.name}: expected whole numbers of {spec.dtype}, got others. Give tokens, say.")
-    if cast.dtype.kind == "f" and not np.isfinite(cast).all():  # what engines make of them differs
-        first = int(np.argwhere(~np.isfinite(cast))[0][0])
+    # NaN and infinity pass where they were given: they may stand for what is missing.
+    if cast.dtype.kind == "f" and (lost := np.isfinite(array if given is None else given) & ~np.isfinite(cast)).any():
         raise ArtifactError(
-            f"{spec.name}: expected numbers that {spec.dtype} holds, got NaN or infinity in sample {first}. Correct it."
+            f"{spec.name}: expected numbers that {spec.dtype} holds, got larger ones in samples "
+            f"{numbers_of(lost)}. Correct them."
         )
     return cast

@@ -6,17 +6,20 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from compress.measure.machine import describe_machine, gpus, user_cache
 from compress.runtime.dispatch import BUCKETS, Times
 
 __all__ = ["Memory"]
 
+_NAP = 0.05  # seconds
+_PATIENCE = 1200  # naps: a minute, after which whoever measures is stopped, or hangs
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")  # which the libraries read when they start
 
 
@@ -65,17 +68,34 @@ class Memory:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other process measures the same, where the system can tell: two at once disturb each other."""
+        handle = self._locked()
+        try:
+            yield
+        finally:
+            if handle is not None:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_UN)  # closing would not do while a child of this process has it, too
+                handle.close()
+
+    def _locked(self) -> IO[str] | None:
         try:
             import fcntl
 
             self._file.parent.mkdir(parents=True, exist_ok=True)
             handle = self._file.with_suffix(".lock").open("w")
         except (ImportError, OSError):
-            yield
-            return
-        with handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)  # until it is closed
-            yield
+            return None
+        for _ in range(_PATIENCE):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return handle
+            except BlockingIOError:
+                time.sleep(_NAP)
+            except OSError:  # a file system without locks
+                break
+        handle.close()
+        return None
 
     def _file_now(self) -> Path:
         torch = sys.modules.get("torch")

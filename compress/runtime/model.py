@@ -23,6 +23,7 @@ from compress.runtime.text import Encode
 __all__ = ["CompactModel"]
 
 
+_FORM = ("shape", "dtype", "layout", "device")
 _MOST_FORMS = 1024  # kinds, shapes and dtypes that are known to fit: looking closely takes as long as a small network
 
 
@@ -208,7 +209,7 @@ class CompactModel:
         return out
 
     def _check(self, inputs: Sequence[Any]) -> None:
-        form = tuple([(type(value), getattr(value, "shape", None), getattr(value, "dtype", None)) for value in inputs])
+        form = tuple([(type(value), *[getattr(value, key, None) for key in _FORM]) for value in inputs])
         if form in self._checked:
             return
         self._check_each(inputs)

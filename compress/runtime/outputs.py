@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.errors import ArtifactError
+from compress.errors import EngineError
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest
 from compress.runtime.sizes import described
@@ -90,11 +90,11 @@ def check_outputs(outputs: Sequence[Any], manifest: Manifest, engine: str) -> No
         engine: Its name.
 
     Raises:
-        ArtifactError: when it does not.
+        EngineError: when it does not.
     """
     if len(outputs) != len(manifest.outputs):
         names = ", ".join(spec.name for spec in manifest.outputs)
-        raise ArtifactError(
+        raise EngineError(
             f"{manifest.name}: expected {len(manifest.outputs)} outputs of {engine} ({names}), got {len(outputs)}. "
             "Export again."
         )
@@ -102,7 +102,7 @@ def check_outputs(outputs: Sequence[Any], manifest: Manifest, engine: str) -> No
         shape, dtype = tuple(value.shape), str(value.dtype).removeprefix("torch.")
         fits = len(shape) == len(spec.shape) and all(wanted in (None, size) for wanted, size in zip(spec.shape, shape))
         if not fits or dtype != spec.dtype:
-            raise ArtifactError(
+            raise EngineError(
                 f"{manifest.name}: expected {spec.name} of {engine} as {spec.dtype} of shape {described(spec)}, got "
                 f"{dtype} of shape {shape}. Export again."
             )

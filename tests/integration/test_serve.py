@@ -126,13 +126,10 @@ def test_requests_that_come_together_get_their_own_answers(port: int) -> None:
         ('{"inputs": [[1, 2], [3]]}', "expected nested lists of numbers"),
         (json.dumps({"inputs": np.full((1, 8, 8), "1").tolist()}), "expected nested lists of numbers, got values of"),
         (json.dumps({"inputs": np.full((1, 8, 8), None).tolist()}), "expected nested lists of numbers, got values of"),
-        (
-            json.dumps({"inputs": np.full((1, 8, 8), np.nan).tolist()}),
-            "expected numbers that float32 holds, got NaN or infinity",
-        ),
+        (json.dumps({"inputs": np.full((1, 8, 8), np.nan).tolist()}), "expected finite numbers"),
         (
             json.dumps({"inputs": np.full((1, 8, 8), 1e308).tolist()}),
-            "expected numbers that float32 holds, got NaN or infinity",
+            "that float32 holds, got larger ones in samples 0",
         ),
     ],
 )

@@ -18,9 +18,10 @@ from compress.errors import ExportError
 from compress.models import ResNet
 from compress.pipeline import create_run, export, fit
 from compress.pipeline.rundir import RunDirectory
-from compress.quantize import QuantizationAwareTraining
+from compress.quantize import QuantizationAwareTraining, calibrate, convert, prepare
 from compress.quantize.layers import make_assignment
 from compress.recipe import Export, Recipe
+from compress.surgery.capture import export_program
 
 callback: Any = importlib.import_module("compress.quantize.callback")
 
@@ -120,6 +121,18 @@ def test_a_run_that_ends_before_its_quantization_says_so(tmp_path: Path) -> None
     with pytest.raises(ExportError, match=r"got one in floats: training ended before progress 0\.99, quantize\.start"):
         export(run)
     assert not (tmp_path / "run" / "artifact").exists()
+
+
+def test_of_a_few_layers_in_integers_the_gate_asks_for_those() -> None:
+    gate = importlib.import_module("compress.pipeline.export")._gate
+    network, x = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 2)), torch.randn(4, 8)
+    assignment = make_assignment("float", layers={"1": "int8"})
+    prepared = prepare(network.eval(), [x], assignment)
+    calibrate(prepared, [(x,)])
+    program = export_program(convert(prepared), [x])
+    assert gate(assignment, program, 0.5) == pytest.approx(0.5 * 16 / 80)
+    assert gate(make_assignment("int8", layers={"0": "float"}), program, 0.5) == 0.5
+    assert gate(None, program, 0.5) == 0
 
 
 @pytest.mark.parametrize(("scheme", "asked"), [("int8", 0.5), ("float", 0.5), ("fp8", 0)])

@@ -170,6 +170,20 @@ def test_a_norm_of_the_batch_alone_is_refused_behind_a_convolution() -> None:
     assert prepare(behind.train(), (x[:2],), "int8")(x).shape == (4, 2, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ((nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)), r"with factors and biases of their own .* got '1'"),
+        ((nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)), r"of one group in front .* got '0' with 2"),
+    ],
+)
+def test_norms_that_cannot_be_fused_are_refused_before_anything_runs(
+    layers: tuple[nn.Module, ...], message: str
+) -> None:
+    with pytest.raises(CaptureError, match=message):
+        prepare(nn.Sequential(*layers).train(), (torch.randn(2, 4, 8, 8),), "int8")
+
+
 def test_every_weight_becomes_the_integer_that_was_trained(trained: tuple[Residual, Captured]) -> None:
     """PT2E's conversion has a formula of its own for a weight's scale, and an eps of its own for folded BatchNorms."""
     prepared = copy.deepcopy(trained[1]).eval()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import shutil
 import warnings
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError, MissingPackageError
-from compress.runtime import load, loading, requirements
+from compress.runtime import load, loading, memory, requirements
 from compress.runtime.engines import Engine, onnxruntime
 from compress.runtime.examples import example_call
 from compress.runtime.loading import load_and_call
@@ -189,6 +191,23 @@ def test_two_at_once_measure_in_turn(timed: list[set[str]]) -> None:
         models = list(pool.map(load, [artifact()] * 2))
     assert len(timed) == 1  # the second has waited, and read what the first found
     assert models[0].times == models[1].times
+
+
+def test_without_locks_or_beside_one_that_hangs_it_still_loads(
+    timed: list[set[str]], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", none)
+        load(artifact())
+    (lock,) = (cache / "engines").glob("*.lock")
+    monkeypatch.setattr(memory, "_PATIENCE", 2)
+    with lock.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        assert load(artifact(), measure_again=True).engine == "onnxruntime"
+    assert len(timed) == 2
 
 
 @pytest.mark.parametrize("wrong", [{"shape": [None, 1]}, {"shape": [None, 3, 1]}, {"dtype": "int32"}])

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import has_free_symbols, optimization_hint
+from torch.fx.experimental import symbolic_shapes
+from torch.fx.experimental.symbolic_shapes import has_free_symbols
 
 __all__ = ["register_packing"]
 
@@ -26,6 +27,8 @@ _INT8_ARGUMENTS = 9
 @cache
 def register_packing() -> None:
     """Have Inductor lay out weights for the example's sizes, in all that it freezes in this process from now on."""
+    if not torch.backends.mkldnn.is_available():
+        return
     from torch._inductor.fx_passes.freezing_patterns import register_freezing_graph_pattern
     from torch._inductor.pattern_matcher import Arg, CallFunction, Match
 
@@ -90,4 +93,5 @@ def _example_shape(x: Any) -> Sequence[int] | None:
     value = x.meta.get("val")
     if value is None or has_free_symbols(value.shape[1:]):
         return None
-    return [optimization_hint(size) for size in value.shape]
+    hint = getattr(symbolic_shapes, "optimization_hint", None) or getattr(symbolic_shapes, "hint_int")  # noqa: B009
+    return [hint(size) for size in value.shape]  # torch 2.11 has the second
