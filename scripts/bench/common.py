@@ -36,7 +36,7 @@ class Row:
 def options(description: str, more: Callable[[argparse.ArgumentParser], None] | None = None) -> argparse.Namespace:
     """Read ``--quick`` and ``--json FILE``, and what ``more`` adds."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="a small case, in less than a minute")
+    parser.add_argument("--quick", action="store_true", help="a small case")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
     if more is not None:
         more(parser)
