@@ -17,7 +17,7 @@ __all__ = ["measure_engines", "torch_threads_kept"]
 
 
 def measure_engines(
-    engines: Callable[[int | None], Mapping[str, Engine]],
+    engines: Callable[[int | None, dict[str, str]], Mapping[str, Engine]],
     manifest: Manifest,
     *,
     batch_sizes: Sequence[int],
@@ -29,7 +29,8 @@ def measure_engines(
 
     Args:
         engines: Loads all engines with a number of threads, the default one for ``None``: for some libraries it is the
-            whole process's, so that two numbers cannot be measured in turn.
+            whole process's, so that two numbers cannot be measured in turn. Why one cannot be loaded with a number it
+            writes into the mapping.
         manifest: Of their artefact.
         batch_sizes: Samples in a call.
         threads: Numbers of threads. An engine that has the same as before, whatever it is told, is measured once.
@@ -50,7 +51,8 @@ def measure_engines(
     with progress_bar(progress, "measuring latency") as show:
         for index, num in enumerate(threads):
             known = {(row["engine"], row["threads"]) for row in rows}
-            runs = {name: run for name, run in engines(num).items() if (name, run.threads) not in known}
+            absent: dict[str, str] = {}
+            runs = {name: run for name, run in engines(num, absent).items() if (name, run.threads) not in known}
             for step, batch in enumerate(batch_sizes, index * len(batch_sizes)):
 
                 def advance(fraction: float, step: int = step) -> None:
@@ -58,7 +60,10 @@ def measure_engines(
 
                 calls, reasons = able(runs, manifest, batch)
                 measured = measure_latency(calls, seconds=seconds, advance=advance)
-                rows += [_row(batch, name, run, measured.get(name), reasons.get(name)) for name, run in runs.items()]
+                rows += [
+                    _row(batch, name, run.threads, measured.get(name), reasons.get(name)) for name, run in runs.items()
+                ]
+                rows += [_row(batch, name, num, None, f"with {num} threads: {why}") for name, why in absent.items()]
     return rows
 
 
@@ -71,11 +76,11 @@ def torch_threads_kept() -> AbstractContextManager[None]:
     return torch_threads(None)
 
 
-def _row(batch: int, name: str, run: Engine, latency: Latency | None, reason: str | None) -> dict[str, Any]:
+def _row(batch: int, name: str, threads: int | None, latency: Latency | None, reason: str | None) -> dict[str, Any]:
     return {
         "batch": batch,
         "engine": name,
-        "threads": run.threads,
+        "threads": threads,
         "p50_ms": latency and latency.p50_ms,
         "p95_ms": latency and latency.p95_ms,
         "samples_per_second": latency and 1e3 * batch / latency.p50_ms,

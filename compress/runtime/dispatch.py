@@ -9,12 +9,13 @@ from importlib.util import find_spec
 from itertools import combinations, pairwise
 from math import isqrt, prod
 
+from compress.errors import CompressError, EngineError, MissingPackageError
 from compress.measure.latency import measure_latency, progress_bar
 from compress.runtime.engines import Engine
 from compress.runtime.examples import example_call
 from compress.runtime.manifest import Manifest
 
-__all__ = ["BUCKETS", "Times", "able", "batch_sizes", "choose", "measure", "picker"]
+__all__ = ["BUCKETS", "Times", "able", "batch_sizes", "choose", "load_each", "measure", "picker"]
 
 BUCKETS = (1, 4, 16, 32)
 """Batch sizes that are measured; a batch is served as the nearest of them, by ratio."""
@@ -77,6 +78,30 @@ def measure(engines: Mapping[str, Engine], manifest: Manifest, *, seconds: float
             times[size] = {name: growth * ms for name, ms in before.items()} | found
             advance(step / len(sizes))
     return {size: {name: ms for name, ms in row.items() if name not in reasons} for size, row in times.items()}, reasons
+
+
+def load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dict[str, str]) -> dict[str, Engine]:
+    """Load engines and return those that can be, by name.
+
+    Args:
+        names: Of the engines.
+        make: Loads one.
+        reasons: Where it is written down why the others cannot be loaded here, by name.
+
+    Raises:
+        CompressError: when it is not a matter of this machine: a damaged file, say.
+    """
+    loaded = {}
+    for name in names:
+        try:
+            loaded[name] = make(name)
+        except (EngineError, MissingPackageError) as error:
+            reasons[name] = str(error)
+        except CompressError:
+            raise
+        except Exception as error:  # a library that cannot load its file raises anything
+            reasons[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+    return loaded
 
 
 def able(

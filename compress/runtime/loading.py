@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from math import inf
 from pathlib import Path
 
-from compress.errors import ArtifactError, CompressError, EngineError, MissingPackageError
+from compress.errors import ArtifactError
 from compress.measure.machine import has_cuda
-from compress.runtime.dispatch import choose, measure
+from compress.runtime.dispatch import choose, load_each, measure
 from compress.runtime.engines import (
     ENGINES,
     READS,
@@ -97,12 +97,12 @@ def load(
         reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
         able = [name for name in able if name not in failed]
         winners = sorted(set(choose(times).values()), key=able.index) if times else able
-        loaded = _load_each(winners, make, reasons)
+        loaded = load_each(winners, make, reasons)
         unmeasured = [name for name in able if times and name not in times[1]]
-        again = _load_each(unmeasured, make, reasons)
+        again = load_each(unmeasured, make, reasons)
         if again or len(loaded) < len(winners):  # what could not be loaded before can now, or the other way round
             others = [name for name in able if name not in (*winners, *unmeasured)]
-            times, loaded = {}, loaded | again | _load_each(others, make, reasons)
+            times, loaded = {}, loaded | again | load_each(others, make, reasons)
         if not times and len(loaded) > 1:
             times, fails = measure(loaded, manifest)
             reasons |= fails
@@ -206,17 +206,3 @@ def why_left_out(name: str, manifest: Manifest, *, trusted: bool) -> str | None:
     if device_of(name) == "cuda" and not has_cuda():
         return "there is no GPU that CUDA sees"
     return why_not(manifest.targets[READS.get(name, name)].requires)
-
-
-def _load_each(names: Sequence[str], make: Callable[[str], Engine], reasons: dict[str, str]) -> dict[str, Engine]:
-    loaded = {}
-    for name in names:
-        try:
-            loaded[name] = make(name)
-        except (EngineError, MissingPackageError) as error:
-            reasons[name] = str(error)
-        except CompressError:
-            raise  # a damaged file is not a matter of this machine
-        except Exception as error:  # a library that cannot load its file raises anything
-            reasons[name] = f"{type(error).__name__}: {str(error).strip()[:200]}"
-    return loaded

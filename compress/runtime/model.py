@@ -12,7 +12,7 @@ from compress.errors import ArtifactError
 from compress.runtime.benchmark import measure_engines, torch_threads_kept
 from compress.runtime.buffers import check_buffers, fill, may_overlap
 from compress.runtime.classes import check_classes, check_scores, scores
-from compress.runtime.dispatch import Times, picker
+from compress.runtime.dispatch import Times, load_each, picker
 from compress.runtime.engines import Engine
 from compress.runtime.inputs import check_dense, in_order, raw_inputs
 from compress.runtime.manifest import Manifest
@@ -150,18 +150,18 @@ class CompactModel:
 
         Returns:
             Rows with ``batch, engine, threads, p50_ms, p95_ms, samples_per_second``, which is by the median, and
-            ``reason``: of an engine that does not run such a batch there is that alone.
+            ``reason``: of an engine that does not run such a batch, or not with so many threads, there is that alone.
 
         Raises:
             ArtifactError: when a number is not positive, or a batch larger than the artefact takes at once.
         """
         before = {name: run.threads for name, run in self._runs.items()}
 
-        def engines(num: int | None) -> dict[str, Engine]:
+        def engines(num: int | None, reasons: dict[str, str]) -> dict[str, Engine]:
             if num is None:
                 found = {name: self._runs.get(name) or self._make(name) for name in self.engines}
             else:
-                found = {name: self._make(name, num) for name in self.engines}
+                found = load_each(self.engines, lambda name: self._make(name, num), reasons)
             return {**found, **{name: make() for name, make in (beside or {}).items()}}
 
         with torch_threads_kept() if threads else nullcontext():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError
+from compress.measure.engines import engines_failed
 from compress.runtime import CompactModel, load
 from compress.runtime.manifest import Manifest, TensorSpec
 from tests.export.programs import artifact
@@ -51,6 +52,24 @@ def test_rows_hold_every_batch_size_and_number_of_threads() -> None:
         wanted = row["batch"] / row["threads"]
         assert wanted <= row["p50_ms"] <= row["p95_ms"]
         assert row["samples_per_second"] == pytest.approx(1e3 * row["batch"] / row["p50_ms"])
+
+
+def test_an_engine_that_cannot_be_loaded_with_so_many_threads_has_rows_with_the_reason() -> None:
+    def make(name: str, threads: int | None = None) -> Sleeper:
+        if name == "a" and threads == 2:
+            raise RuntimeError("one thread is all there is")
+        return Sleeper(threads or 1)
+
+    engines = {"a": Sleeper(1), "b": Sleeper(1)}
+    model = CompactModel(_FREE, engines, make, engines=["a", "b"], serves={1: "a", 4: "b"})
+    rows = model.benchmark((1, 4), threads=[1, 2], seconds=0.01)
+    reason = "with 2 threads: RuntimeError: one thread is all there is"
+    assert [(row["engine"], row["batch"], row["threads"], row["reason"]) for row in rows if row["reason"]] == [
+        ("a", 1, 2, reason),
+        ("a", 4, 2, reason),
+    ]
+    assert sum(row["p50_ms"] is not None for row in rows) == 6
+    assert engines_failed(rows) == [f"a did not run {reason}"]
 
 
 def test_an_engine_that_keeps_its_threads_is_measured_once() -> None:
