@@ -68,7 +68,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 @pytest.mark.parametrize(
     ("kind", "scheme"),
     [
-        ("stacked", "int8"),
+        pytest.param("stacked", "int8", marks=pytest.mark.slow),
         ("both", "int8_portable"),
         pytest.param("filtered", "int8", marks=pytest.mark.slow),
         ("filtered", "int8_portable"),
@@ -98,7 +98,9 @@ def test_weights_of_different_ranges_keep_their_values(inputs: float, hidden: fl
 
 
 @in_integers
-@pytest.mark.parametrize("size", [0.05, pytest.param(1.0, marks=pytest.mark.slow), 20.0])
+@pytest.mark.parametrize(
+    "size", [pytest.param(0.05, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow), 20.0]
+)
 def test_inputs_may_have_any_range(size: float, tmp_path: Path) -> None:
     assert error(LSTMClassifier(6, 3, hidden=32, num_layers=2), size * SERIES, "int8_portable", tmp_path) < 0.05
 
