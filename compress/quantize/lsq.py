@@ -116,7 +116,11 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     r"""Fake quantization whose steps are a parameter.
 
     The gradient of a step is scaled by :math:`1 / \sqrt{N Q_P}`, N the values that one step serves: those of a weight's
-    channel, or an activation's in one sample (section 2.2 of the paper).
+    channel, or an activation's in one sample (section 2.2 of the paper); by :math:`1 / Q_P^2` where that is less. The
+    paper's factor is meant for few bits and for steps that start at :math:`2 \langle |x| \rangle / \sqrt{Q_P}`. Ours
+    start at the range over :math:`Q_P`, far smaller in 8 bits, and would be thrown beyond all measure by SGD and take
+    the whole of a norm at which gradients are clipped. By the other factor the range, :math:`s Q_P`, moves as a weight
+    with its gradient would.
 
     The parameter is the logarithm of what the step has become, relative to where it started. SGD moves steps by it as
     the paper says, to first order: the gradient is divided by the step, not multiplied. Adam, whose updates are of the
@@ -201,7 +205,8 @@ class LearnedFakeQuantize(FakeQuantizeBase):  # type: ignore[misc]
     def factor(self) -> float:
         """What the gradient of a step is multiplied with."""
         levels = self.quant_max - self.quant_min
-        return (self.num_values * (levels // 2 if self._is_symmetric else levels)) ** -0.5
+        most = levels // 2 if self._is_symmetric else levels
+        return min((self.num_values * most) ** -0.5, most**-2.0)
 
     @property
     def _is_symmetric(self) -> bool:

@@ -113,10 +113,39 @@ def test_there_is_a_step_for_each_channel_of_a_weight_and_one_for_an_activation(
 
 def test_gradient_scale(trained: Captured) -> None:
     factors = {name.rpartition("_")[2]: module.factor for name, module in learned(trained).items()}
-    assert factors["3"] == pytest.approx((16 * 9 * 127) ** -0.5)  # values of one channel of a weight; int8
-    assert factors["2"] == pytest.approx((16 * 8 * 8 * 255) ** -0.5)  # values of one sample; uint8
-    portable = learn_steps(prepare(nn.Sequential(nn.Linear(8, 4)), [torch.randn(2, 8)], "int8_portable"))
-    assert sorted(module.factor for module in learned(portable).values()) == [(8 * 127) ** -0.5] * 2
+    assert factors["3"] == 127**-2  # int8
+    assert factors["2"] == 255**-2  # uint8
+    few = learn_steps(prepare(nn.Sequential(nn.Linear(50, 4)), [torch.randn(2, 50)], "w2a4", first_last="w2a4"))
+    (weight,) = (module for module in learned(few).values() if module.is_per_channel)
+    assert weight.factor == pytest.approx(50**-0.5)  # values of one channel, integers up to one: the paper's
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4a4", "w2a2"])
+def test_sgd_learns_and_steps_stay_of_their_size(scheme: str) -> None:
+    torch.manual_seed(0)
+    x, y = images(64)
+    layers = [nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3)]
+    network = nn.Sequential(nn.Flatten(), *layers)
+    prepared = prepare(network, [x[:2]], scheme, first_last=scheme).train()
+    calibrate(prepared, [(x,)])
+    optimizer = torch.optim.SGD(learn_steps(prepared).train().parameters(), lr=0.05, momentum=0.9)
+    norms = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(prepared(x), y)
+        loss.backward()
+        steps = {id(module.log_scale) for module in learned(prepared).values()}
+        of_steps, of_weights = (
+            torch.stack(
+                [p.grad.norm() for p in prepared.parameters() if p.grad is not None and (id(p) in steps) is own]
+            )
+            for own in (True, False)
+        )
+        norms.append(float(of_steps.norm() / of_weights.norm()))
+        optimizer.step()
+    assert float(loss.detach()) < 0.1
+    assert max(float(module.log_scale.detach().abs().max()) for module in learned(prepared).values()) < 2.0
+    assert sorted(norms)[30] < 3.0  # where gradients are clipped by their norm, there is room for the weights'
 
 
 def test_a_step_of_sgd_moves_a_step_as_the_paper_does() -> None:
