@@ -19,6 +19,9 @@ __all__ = [
     "first_line",
 ]
 
+# PyPI's `compress` is another project, so extras are installed from the checkout.
+_INSTALL_EXTRA = "pip install -e '.[{extra}]' (in the checkout of compress)"
+
 
 class CompressError(Exception):
     """Anything that the user can mend; its message says how."""
@@ -61,12 +64,16 @@ class RunError(CompressError):
 
 
 class MissingPackageError(CompressError):
-    """An optional package is needed and absent."""
+    """A package is needed and absent.
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package}: expected an installed package, got none. Install it with: pip install 'compress[{extra}]'."
-        )
+    Args:
+        package: What to install.
+        extra: The optional dependencies of ours that hold it; none where ``compress`` itself asks for it.
+    """
+
+    def __init__(self, package: str, extra: str | None = None) -> None:
+        how = f"pip install {package}" if extra is None else _INSTALL_EXTRA.format(extra=extra)
+        super().__init__(f"{package}: expected an installed package, got none. Install it with: {how}.")
 
 
 def first_line(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def test_every_shipped_recipe_is_read_and_built(path: Path, tmp_path: Path) -> N
     parsed = parse_recipe(path, words)
     for library in sorted(named(yaml.safe_load(text), "constructor") - {"torch"}):
         if find_spec(library) is None:
-            pytest.skip(f"{library} is not installed: pip install 'compress[zoo]'; the recipe was read, not built")
+            pytest.skip(f"{library} is not installed: pip install -e '.[zoo]'; the recipe was read, not built")
     recipe = build_recipe(*parsed, name=path.stem)
     assert isinstance(recipe.student, nn.Module)
     assert recipe.teacher is not None or recipe.prune is not None or recipe.quantize is not None

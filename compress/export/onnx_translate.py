@@ -44,7 +44,7 @@ def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[Model
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingPackageError("onnxscript", "all") from error
+        raise MissingPackageError("onnxscript") from error
     tensors = [*program.state_dict.values(), *program.constants.values()]
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
     if size > _LARGEST:

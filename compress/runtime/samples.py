@@ -251,7 +251,7 @@ def _image(file: Path, spec: TensorSpec, *, resize: bool) -> np.ndarray:
     try:
         from PIL import Image, ImageOps
     except ImportError as error:
-        raise MissingPackageError("Pillow", "all") from error
+        raise MissingPackageError("Pillow") from error
     channels, height, width = spec.shape[1:]
     try:
         with Image.open(file) as opened:

@@ -9,7 +9,7 @@ import torch
 from compress.data import Digits
 from compress.errors import DataError, MissingPackageError
 
-pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install 'compress[data]'")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed: pip install -e '.[data]'")
 
 
 def test_splits_are_the_whole_set_once_and_stratified() -> None:
@@ -43,7 +43,7 @@ def test_another_seed_is_another_split() -> None:
 
 def test_says_which_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingPackageError, match=r"scikit-learn.*pip install 'compress\[data\]'"):
+    with pytest.raises(MissingPackageError, match=r"scikit-learn.*pip install -e '\.\[data\]'"):
         Digits().setup()
 
 

@@ -191,7 +191,7 @@ def test_a_target_whose_library_is_missing_is_skipped_and_said(tmp_path: Path, m
 def test_what_a_missing_library_left_goes_with_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(program: object, path: Path) -> None:
         path.write_bytes(b"half of it")
-        raise MissingPackageError("onnxruntime", "all")
+        raise MissingPackageError("onnxruntime")
 
     monkeypatch.setattr(onnxruntime, "build", build)
     with pytest.warns(UserWarning, match="onnxruntime"):

@@ -226,5 +226,5 @@ def test_a_missing_library_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
     import sys
 
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(MissingPackageError, match=r"pip install 'compress\[zoo\]'"):
+    with pytest.raises(MissingPackageError, match=r"pip install -e '\.\[zoo\]'"):
         Constructed("timm.create_model", {"model_name": "resnet18"})

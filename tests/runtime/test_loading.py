@@ -103,7 +103,7 @@ def test_an_engine_that_could_not_be_loaded_is_measured_once_it_can(
     timed: list[set[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent(path: Path, num_threads: int | None) -> Engine:
-        raise MissingPackageError("onnxruntime", "all")  # it is there, and one of its libraries is not
+        raise MissingPackageError("onnxruntime")  # it is there, and one of its libraries is not
 
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "make", absent)

@@ -83,7 +83,7 @@ def _optimised(path: Path) -> ModelProto:
         import onnx
         import onnxruntime
     except ImportError as error:
-        raise MissingPackageError("onnxruntime", "all") from error
+        raise MissingPackageError("onnxruntime") from error
     with tempfile.TemporaryDirectory() as folder:
         optimised = Path(folder) / "optimised.onnx"
         options = onnxruntime.SessionOptions()

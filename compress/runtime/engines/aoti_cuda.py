@@ -20,7 +20,7 @@ def make(path: Path, num_threads: int | None) -> OnCUDA:
         import torch
         import torch._inductor
     except ImportError as error:
-        raise MissingPackageError("torch", "all") from error
+        raise MissingPackageError("torch") from error
     torch.cuda.init()  # says what is wrong with the GPU, where something is
     # Without the locks of a call that may be one of several at once: they cannot be captured in a graph.
     return OnCUDA(torch._inductor.aoti_load_package(str(path), run_single_threaded=True).loader.boxed_run)

@@ -80,7 +80,7 @@ def make(path: Path, num_threads: int | None) -> EagerEngine:
     try:
         import torch
     except ImportError as error:
-        raise MissingPackageError("torch", "all") from error
+        raise MissingPackageError("torch") from error
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return EagerEngine(path)

@@ -29,7 +29,7 @@ def make(path: Path, num_threads: int | None) -> OnCUDA:
         import torch
         from torch.export.passes import move_to_device_pass
     except ImportError as error:
-        raise MissingPackageError("torch", "all") from error
+        raise MissingPackageError("torch") from error
     torch.cuda.init()
     program = move_to_device_pass(torch.export.load(path), "cuda")
     module = put_channels_last(fold_constants(program.module(check_guards=False)))

@@ -88,7 +88,7 @@ def _binding() -> Any:
     try:
         import torch  # noqa: F401  the other needs its libraries
     except ImportError as error:
-        raise MissingPackageError("torch", "all") from error
+        raise MissingPackageError("torch") from error
     try:
         from executorch.extension.pybindings import _C
     except ImportError as error:

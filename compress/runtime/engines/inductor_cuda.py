@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import MissingPackageError
+from compress.errors import EngineError, MissingPackageError
 from compress.runtime.engines.on_cuda import OnCUDA
 
 if TYPE_CHECKING:
@@ -21,14 +21,18 @@ DEVICE = "cuda"
 
 
 def make(path: Path, num_threads: int | None) -> OnCUDA:
-    """Load the file onto the first GPU that is visible. Loading runs code: only from a trusted source."""
+    """Load the file onto the first GPU that is visible. Loading runs code: only from a trusted source.
+
+    Raises:
+        EngineError: where torch's current device is another GPU.
+    """
     try:
         import torch
     except ImportError as error:
-        raise MissingPackageError("torch", "all") from error
+        raise MissingPackageError("torch") from error
     torch.cuda.init()
     if torch.cuda.current_device() != 0:
-        raise RuntimeError(
+        raise EngineError(
             f"{path.name}: expected the first GPU, for which it was compiled, got number "
             f"{torch.cuda.current_device()}. Choose one by CUDA_VISIBLE_DEVICES."
         )

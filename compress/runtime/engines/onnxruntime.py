@@ -109,7 +109,7 @@ def open_session(path: Path, num_threads: int | None, *providers: Provider) -> O
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingPackageError("onnxruntime", "all") from error
+        raise MissingPackageError("onnxruntime") from error
     absent = [name for name, _ in providers if name not in onnxruntime.get_available_providers()]
     if absent:
         raise EngineError(

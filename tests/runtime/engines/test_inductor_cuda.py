@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from compress.errors import EngineError
 from compress.export.targets import inductor_cuda
 from compress.export.targets.inductor_cuda import compile_artifact
-from compress.runtime.engines.inductor_cuda import load_artifact
+from compress.runtime.engines.inductor_cuda import load_artifact, make
 from compress.surgery.capture import export_program
 
 LOAD = """
@@ -54,3 +55,10 @@ def test_a_batch_with_more_numbers_than_its_kernels_count_goes_in_parts(
     assert torch.load(tmp_path / "file.pt", weights_only=True)["largest_batch"] == 12
     with torch.no_grad():
         torch.testing.assert_close(load_artifact(tmp_path / "file.pt", "cpu")([inputs])[0], reference(inputs))
+
+
+def test_another_gpu_than_the_first_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with pytest.raises(EngineError, match=r"expected the first GPU, .*, got number 1\. Choose one by CUDA_VISIBLE"):
+        make(tmp_path / "compiled.bin", None)

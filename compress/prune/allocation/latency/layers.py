@@ -76,7 +76,7 @@ def in_onnxruntime(layer: Layer, folder: Path, threads: int | None) -> Call:
         import onnx
         from onnx import TensorProto, helper, numpy_helper
     except ImportError as error:
-        raise MissingPackageError("onnx", "all") from error
+        raise MissingPackageError("onnx") from error
     inputs, weights, node = _ONNX[layer.kind](layer)
     graph = helper.make_graph(
         [helper.make_node(node[0], [*inputs, *weights], ["y"], **node[1])],
