@@ -9,22 +9,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 RECIPE = "recipes/fashion_mnist_kd.yaml"
 
+ALONE = "student alone"
 LOSS = "compress.distill."
 
 # Method: overrides of the recipe. A list of losses is replaced as a whole, so each entry says all it needs.
 METHODS: dict[str, list[str]] = {
-    "student alone": ["--teacher", "null"],
+    ALONE: ["--teacher", "null"],
     "soft targets (KD)": [],
     "decoupled (DKD)": [
         "--distill.losses",
@@ -51,12 +52,12 @@ METHODS: dict[str, list[str]] = {
 
 
 def main() -> None:
-    """Do what is missing and write the table."""
+    """Do what is missing, write the figures and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/compare_distillation"), help="folder of the runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--output", type=Path, default=Path("recipes/RESULTS.md"), help="the table")
+    parser.add_argument("--output", type=Path, default=Path("recipes/distillation.json"), help="figures")
     options, overrides = parser.parse_known_args()
     console = Console()
     teacher = options.runs / "teacher" / "checkpoints" / "teacher.pt"
@@ -75,11 +76,25 @@ def main() -> None:
                 words += ["--teacher.checkpoint", str(teacher)]
             _compress("fit", folder, words)
             _test(folder)
-    text = _table(options.runs, options.seeds)
+    rows = _rows(options.runs)
     temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(json.dumps(rows, indent=1))
     os.replace(temporary, options.output)
-    console.print(text)
+    console.print(table(rows))
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the rows as Markdown, mean and standard deviation over seeds."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["method"], []).append(row["accuracy"])
+    lines = ["| Method | Accuracy, % | Against alone, points | Seeds |", "|---|---:|---:|---:|"]
+    for method, accuracies in found.items():
+        gain = ""
+        if method not in ("teacher", ALONE) and ALONE in found:
+            gain = f"{statistics.mean(accuracies) - statistics.mean(found[ALONE]):+.2f}"
+        lines.append(f"| {method} | {_spread(accuracies)} | {gain} | {len(accuracies)} |")
+    return "\n".join(lines)
 
 
 def _compress(step: str, folder: Path, words: Sequence[str]) -> None:
@@ -93,55 +108,23 @@ def _test(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "compress.cli", "test", str(folder)], check=True)
 
 
-def _table(runs: Path, seeds: Sequence[int]) -> str:
-    alone = _accuracies(runs, "student alone", seeds)
-    rows, commands = [], []
-    for method, words in METHODS.items():
-        found = _accuracies(runs, method, seeds)
-        if not found:
-            continue
-        gain = ""
-        if alone and method != "student alone":
-            difference = statistics.mean(found) - statistics.mean(alone)
-            gain = f"{difference:+.2f}" + ("" if difference > 0 else ": no better than alone")
-        rows.append(f"| {method} | {_spread(found)} | {gain} | {len(found)} |")
-        shown = words if words[:2] == ["--teacher", "null"] else [*words, "--teacher.checkpoint", "TEACHER"]
-        commands += [f"# {method}", f"compress fit {RECIPE} --baseline false --seed SEED {shlex.join(shown)}", ""]
-    teacher = json.loads((runs / "teacher" / "test.json").read_text())["teacher"]["accuracy"]
-    return "\n".join(
-        [
-            "# Results",
-            "",
-            f"`{RECIPE}`: accuracy on the 10,000 test images of Fashion-MNIST in percent, mean ± standard deviation "
-            "over seeds. A seed decides the student's initial weights; images, their order and augmentation are the "
-            "same in all runs. Students: 20 thousand parameters, 8 epochs on 20,000 images, weights of the last epoch; "
-            "the test set is looked at once, after the fit. One teacher, of 2.7 million parameters, taught them all: "
-            f"{100 * teacher:.2f} %. The losses' weights are those of the commands and were not tuned on the test set.",
-            "",
-            "| Method | Accuracy | Against alone | Seeds |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-            "All of it: `python scripts/compare_distillation.py`; what is done stays done when it is stopped. One by "
-            "one, where TEACHER is `checkpoints/teacher.pt` of a run that has trained it, and "
-            "`compress test RUN_DIR` measures the test set after each:",
-            "",
-            "```bash",
-            *commands[:-1],
-            "```",
-            "",
-        ]
-    )
+def _rows(runs: Path) -> list[dict[str, Any]]:
+    """Read what all runs have written."""
+    rows = [{"method": "teacher", "seed": 0, "accuracy": _accuracy(runs / "teacher", "teacher")}]
+    for method in METHODS:
+        for folder in sorted((runs / _slug(method)).glob("*/"), key=lambda folder: int(folder.name)):
+            if (folder / "test.json").exists():
+                rows.append({"method": method, "seed": int(folder.name), "accuracy": _accuracy(folder, "final")})
+    return rows
+
+
+def _accuracy(folder: Path, stage: str) -> float:
+    return 100 * json.loads((folder / "test.json").read_text())[stage]["accuracy"]
 
 
 def _spread(values: Sequence[float]) -> str:
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"
-
-
-def _accuracies(runs: Path, method: str, seeds: Sequence[int]) -> list[float]:
-    files = [runs / _slug(method) / str(seed) / "test.json" for seed in seeds]
-    return [100 * json.loads(file.read_text())["final"]["accuracy"] for file in files if file.exists()]
 
 
 def _slug(method: str) -> str:
