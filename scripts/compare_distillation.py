@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--output", type=Path, default=Path("recipes/distillation.json"), help="figures")
     options, overrides = parser.parse_known_args()
-    console = Console()
+    console = Console(markup=False)
     teacher = options.runs / "teacher" / "checkpoints" / "teacher.pt"
     if not (options.runs / "teacher" / "test.json").exists():
         console.rule("teacher")

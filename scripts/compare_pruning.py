@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("recipes/pruning.json"), help="figures")
     parser.add_argument("--plot", type=Path, default=Path("recipes/pruning.png"), help="accuracy against latency")
     options, overrides = parser.parse_known_args()
-    console = Console()
+    console = Console(markup=False)
     folders: dict[tuple[str, float, int], Path] = {}
     for seed in options.seeds:
         folders["dense", 0.0, seed] = options.runs / "dense" / str(seed)

@@ -89,7 +89,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("recipes/quantization.json"), help="figures")
     parser.add_argument("--plot", type=Path, default=Path("recipes/quantization.png"), help="accuracy by variant")
     options, overrides = parser.parse_known_args()
-    study, console = STUDIES[options.recipe], Console()
+    study, console = STUDIES[options.recipe], Console(markup=False)
     words = ["--baseline", "false", *study.words, *overrides]
     for seed in options.seeds:
         first = options.runs / options.recipe / "first" / str(seed)

@@ -74,10 +74,10 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
     }
     console.print(engines_table(rows, about))
     for text in (engines_note(rows, about), *engines_failed(rows), *said):
-        console.print(text, markup=False, soft_wrap=True)
+        console.print(text, soft_wrap=True)
     if options.json:
         write_text(options.json, json.dumps({**about, "rows": rows}, indent=1))
-    console.print(f"plot: {save_engines(rows, about, plot)}", markup=False, soft_wrap=True)
+    console.print(f"plot: {save_engines(rows, about, plot)}", soft_wrap=True)
 
 
 def _in_floats(path: Path, model: CompactModel) -> dict[str, Callable[[], Engine]]:

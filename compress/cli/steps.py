@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from compress.cli.common import quiet
 from compress.errors import RecipeError
@@ -34,7 +35,7 @@ def fit(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     if isinstance(opened, RunDirectory):
         fit(opened)
         if opened.is_main_process:
-            console.print(f"run directory: {opened.path}")
+            console.print(f"run directory: {opened.path}", soft_wrap=True)
 
 
 def cache_teacher(options: argparse.Namespace, rest: list[str], console: Console) -> None:
@@ -95,7 +96,7 @@ def recipes(options: argparse.Namespace, rest: list[str], console: Console) -> N
 
     for name, path in shipped_recipes().items():
         first = path.read_text().splitlines()[0].lstrip("# ")
-        console.print(f"[bold]{name}[/]  {first}  [dim]{path}[/]", soft_wrap=True)
+        console.print(Text.assemble((name, "bold"), f"  {first}  ", (str(path), "dim")), soft_wrap=True)
 
 
 def how_to_go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from rich.text import Text
 from torch import Tensor, nn
 
 from compress.distill import FileTeacher, read_batch
@@ -33,7 +34,7 @@ def bench(run: RunDirectory, *, seconds: float = 1.0) -> None:
     Leaves ``bench.json``: ``{stage: {num_params, macs, bytes, peak_memory, latency}}``, the artefact's with its
     metrics on the test split and with ``artifact_bytes``.
     """
-    run.console.rule("[bold]bench[/]")
+    run.console.rule(Text("bench", "bold"))
     networks = {stage: (run.final if stage == "final" else run.network(stage))[0] for stage in run.stages()}
     served = load(run.artifact)
     engines = {name: load(run.artifact, engine=name) for name in served.engines}

@@ -99,15 +99,15 @@ def measure_layers(
     for path in save_bits(result, run.path):
         run.console.print(f"picture: {path}", soft_wrap=True)
     words = f'--quantize.progressive.order "$(cat {run.path / _ORDER}.json)"'
-    run.console.print(f"to train with quantize.progressive in their order: {words}", soft_wrap=True, markup=False)
+    run.console.print(f"to train with quantize.progressive in their order: {words}", soft_wrap=True)
     for layer, num in result.chosen.items():
-        run.console.print(f"{layer}: {num} bits", soft_wrap=True, markup=False)
+        run.console.print(f"{layer}: {num} bits", soft_wrap=True)
     if result.chosen and not _is_plain(run):
         run.console.print(f"{_LAYERS}.json: written for quantize.scheme int8 and those of few weight bits alone")
     elif result.chosen:
         run.write_json(_LAYERS, schemes_of(result.chosen))
         path = run.path / f"{_LAYERS}.json"
-        run.console.print(f'to train with them: --quantize.layers "$(cat {path})"', soft_wrap=True, markup=False)
+        run.console.print(f'to train with them: --quantize.layers "$(cat {path})"', soft_wrap=True)
 
 
 def schemes_of(bits: Mapping[str, int]) -> dict[str, str]:

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.text import Text
 from torch import Tensor
 from torch.export import ExportedProgram
 
@@ -37,7 +38,7 @@ def export(run: RunDirectory) -> None:
     Raises:
         ExportError: when an engine cannot run the scheme, or a target fails a gate; no artefact is left then.
     """
-    run.console.rule("[bold]export[/]")
+    run.console.rule(Text("export", "bold"))
     network, history = run.final
     settings, data = run.recipe.export, run.recipe.data
     inputs = run.held_out
@@ -80,7 +81,7 @@ def export(run: RunDirectory) -> None:
     )
     shutil.rmtree(run.artifact, ignore_errors=True)
     os.replace(fresh, run.artifact)
-    run.console.print(f"artefact: {run.artifact} ({', '.join(manifest.targets)})")
+    run.console.print(f"artefact: {run.artifact} ({', '.join(manifest.targets)})", soft_wrap=True)
     if quantized is not None and wide_without_vnni(quantized):
         run.console.print(_ADVICE, soft_wrap=True)
 

@@ -114,7 +114,7 @@ def measure_mixed(run: RunDirectory, stage: str, deadline: Deadline) -> None:
             run.write_json(_NAME, asdict(result))
             values = result.layers[layer]
             words = f"{layer} in floats: loss {values['loss']:.4f}, {values['ms']:.4g} ms"
-            run.console.print(words, soft_wrap=True, markup=False, highlight=False)
+            run.console.print(words, soft_wrap=True, highlight=False)
     wanted = deadline.milliseconds(result.floats["ms"])
     # What an earlier target has led to holds no longer, whatever becomes of this one.
     result = replace(result, wanted_ms=None, chosen=[], reached=None)
@@ -309,7 +309,7 @@ def _tell(run: RunDirectory, result: Mixed) -> None:
     layers = with_floats({pattern: scheme.name for pattern, scheme in own.layers.items()}, result.chosen, "float")
     run.write_json(_LAYERS, layers)
     words = f'--quantize.layers "$(cat {run.path / _LAYERS}.json)"'
-    run.console.print(f"to train with them: {words}", soft_wrap=True, markup=False, highlight=False)
+    run.console.print(f"to train with them: {words}", soft_wrap=True, highlight=False)
 
 
 def _file(run: RunDirectory) -> Path:

@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rich.text import Text
+
 from compress.measure.cost import widths
 from compress.measure.machine import describe_machine
 from compress.measure.report import LatencyRow, Report, Stage, Target, report_table, write_report
@@ -20,7 +22,7 @@ __all__ = ["report"]
 
 def report(run: RunDirectory) -> None:
     """Write ``report.json`` and ``report.html``, print the table and log it where the recipe says."""
-    run.console.rule("[bold]report[/]")
+    run.console.rule(Text("report", "bold"))
     tested, measured = run.read_json("test"), run.read_json("bench")
     _, history = run.final
     scheme = any(edit.kind == "quantize" for edit in history)
@@ -56,7 +58,7 @@ def report(run: RunDirectory) -> None:
     html = write_report(result, run.path)
     run.console.print(report_table(result))
     _log(run, result)
-    run.console.print(f"report: {Path(html)}")
+    run.console.print(f"report: {Path(html)}", soft_wrap=True)
 
 
 def _stage(name: str, metrics: dict[str, float], measured: dict[str, Any]) -> Stage:

@@ -167,7 +167,7 @@ def create_run(
         RunError: when the directory exists and is not empty.
         CompressError: when the recipe cannot be run; nothing is written then.
     """
-    console = console or Console()
+    console = console or Console(markup=False)
     if isinstance(recipe, Recipe):
         built, text = recipe, None
     else:
@@ -214,7 +214,7 @@ def open_run(path: str | Path, *, overrides: Sequence[str] = (), console: Consol
     name = _header(directory, "recipe") or directory.parent.name
     config, parser = parse_recipe(file, overrides)
     os.environ[_RANKS_SHARE] = str(directory.resolve())
-    return RunDirectory(directory, build_recipe(config, parser, name=name), console or Console())
+    return RunDirectory(directory, build_recipe(config, parser, name=name), console or Console(markup=False))
 
 
 def _header(directory: Path, key: str) -> str | None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from pytorch_lightning.utilities import move_data_to_device
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from compress.distill import read_batch
@@ -75,7 +76,7 @@ def sensitivity(
         fit_baseline(run)
     if not run.is_main_process:
         return
-    run.console.rule(f"[bold]sensitivity[/] of the network of stage {stage!r}")
+    run.console.rule(Text.assemble(("sensitivity", "bold"), f" of the network of stage {stage!r}"))
     if deadline is not None:
         measure_mixed(run, stage, deadline)
         return

@@ -64,7 +64,7 @@ def stored_outputs(run: RunDirectory, live: LiveTeacher, folder: Path) -> tuple[
             writer = CacheWriter(path, key=key, fields=fields, num_samples=num_samples, num_views=spec.cache_views)
             _write(run, writer, source, loader, num_samples)
             writer.finish()
-        run.console.print(f"teacher: outputs taken from {path}")
+        run.console.print(f"teacher: outputs taken from {path}", soft_wrap=True)
     while not (path / "manifest.json").exists():
         time.sleep(1.0)  # another process of this run writes it
     return OutputCache.open(path, key=key, progress=run.is_main_process), data

@@ -83,7 +83,7 @@ def _network(run: RunDirectory) -> nn.Module:
     key = _key(run)
     shared = user_cache() / "teachers" / f"{key}.pt" if key else None
     if not kept.exists() and shared is not None and shared.exists():
-        run.console.print(f"teacher: trained by an earlier run of this recipe, taken from {shared}")
+        run.console.print(f"teacher: trained by an earlier run of this recipe, taken from {shared}", soft_wrap=True)
         _copy(shared, kept)
     if not kept.exists():
         module = train(run, "teacher", copy.deepcopy(spec.model), max_epochs=spec.max_epochs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytorch_lightning as pl
+from rich.text import Text
 from torch import nn
 
 from compress.distill import Distiller
@@ -16,7 +17,7 @@ def test(run: RunDirectory) -> None:
 
     Leaves ``test.json``: ``{stage: {metric: value}}``.
     """
-    run.console.rule("[bold]test[/]")
+    run.console.rule(Text("test", "bold"))
     metrics = {}
     for stage in run.stages():
         metrics[stage] = test_network(run, run.deployed if stage == "final" else run.network(stage)[0])

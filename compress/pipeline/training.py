@@ -9,6 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 from pytorch_lightning import LightningDataModule
 from pytorch_lightning.callbacks import Callback, RichProgressBar, StochasticWeightAveraging, WeightAveraging
+from rich.text import Text
 from torch import nn
 
 from compress.distill import DistillationLoss, Distiller
@@ -71,7 +72,7 @@ def train(
     trainer = pl.Trainer(**arguments)
     if run.is_main_process:
         goes_on = f", going on from {resume}" if resume.exists() else ""
-        run.console.rule(f"[bold]fit: {phase}[/] ({max_epochs} epochs{goes_on})")
+        run.console.rule(Text.assemble((f"fit: {phase}", "bold"), f" ({max_epochs} epochs{goes_on})"))
     try:
         trainer.fit(
             module, datamodule=data or recipe.data, ckpt_path=resume if resume.exists() else None, weights_only=True
