@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.errors import CaptureError, DataError, EditError
 from compress.quantize.calibrate import calibrate
-from compress.quantize.checks import check_progress, check_settings, check_stages
+from compress.quantize.checks import check_precision, check_progress, check_settings, check_stages
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.parametrize import begin_rounding, freeze
@@ -164,8 +164,14 @@ class QuantizationAwareTraining(ModelEditor):
         return prepared
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Prepare for checkpoints; what is quantised after training comes after the averages that end it."""
+        """Prepare for checkpoints; what is quantised after training comes after the averages that end it.
+
+        Raises:
+            EditError: when the fit would not keep the network in float32.
+        """
         super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            check_precision(self.network(pl_module), self.attribute, str(trainer.precision))
         if stage == "fit" and self.start == 1:
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
             places = [place for place, callback in enumerate(callbacks) if isinstance(callback, _AVERAGES)]

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.errors import RecipeError
+import torch
+from torch import nn
+
+from compress.errors import EditError, RecipeError
 from compress.quantize.layers import Assignment
 from compress.quantize.parametrize import check_schemes
 from compress.quantize.progressive import Stages
 from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import Scheme
 
-__all__ = ["check_progress", "check_settings", "check_stages"]
+__all__ = ["check_precision", "check_progress", "check_settings", "check_stages"]
+
+
+def check_precision(network: nn.Module, attribute: str, precision: str) -> None:
+    """Make sure that a fit keeps a network in float32, in which ranges are learned and fake quantizers compute.
+
+    Args:
+        network: About to be fitted; the Trainer has not cast it yet.
+        attribute: The name of the LightningModule's attribute that holds it, for the error.
+        precision: The Trainer's; mixed ones leave parameters in float32.
+
+    Raises:
+        EditError: when it does not.
+    """
+    do = "Use precision: 32-true or bf16-mixed."
+    if precision.endswith("-true") and precision != "32-true":
+        raise EditError(
+            "trainer.precision: expected parameters in float32, in which fake quantization computes, got "
+            f"{precision}. {do}"
+        )
+    for name, parameter in network.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype != torch.float32:
+            kind = str(parameter.dtype).removeprefix("torch.")
+            raise EditError(
+                f"quantize: expected {attribute} in float32, in which fake quantization computes, got {name!r} in "
+                f"{kind}. Call its float() before the fit. {do}"
+            )
 
 
 def check_progress(start: float, observe: float, freeze: float) -> None:

@@ -184,6 +184,38 @@ def test_a_network_in_evaluation_is_refused_unless_nothing_is_trained_in_integer
     assert history_of(fit(1)).count("quantize") == 1
 
 
+@pytest.mark.parametrize("start", [0.5, 1])
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true", "16-true"])
+def test_parameters_in_other_types_than_float32_are_refused_before_training(precision: Any, start: float) -> None:
+    module, steps = classifier(), _Steps()
+    fit = trainer(max_epochs=2, precision=precision, callbacks=[QuantizationAwareTraining(start=start), steps])
+    with pytest.raises(EditError, match=rf"trainer\.precision: .* got {precision}\. Use precision: 32-true or bf16"):
+        fit.fit(module, loader())
+    assert steps.num == 0
+    module.student.fc.double()  # type: ignore[union-attr, operator]
+    with pytest.raises(EditError, match=r"quantize: expected student in float32, .* got 'fc\.weight' in float64"):
+        trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(start=start)]).fit(module, loader())
+
+
+@pytest.mark.parametrize("start", [0.5, 1])
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_mixed_precision_stays_possible(precision: Any, start: float) -> None:
+    module, callback = classifier(), QuantizationAwareTraining(start=start)
+    trainer(max_epochs=2, precision=precision, callbacks=[callback]).fit(module, loader())
+    x, _ = images(12)
+    with torch.no_grad():
+        assert _distance(callback.converted(x), module.student.eval()(x)) < 2e-3
+
+
+class _Steps(Callback):
+    """Counts the batches of a fit."""
+
+    num = 0
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.num += 1
+
+
 class Stream(IterableDataset):
     """Samples one by one, nobody knows how many."""
 
