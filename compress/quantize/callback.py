@@ -199,6 +199,8 @@ class QuantizationAwareTraining(ModelEditor):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Quantise when it is due, and freeze late."""
+        if self.start == 1 and not _is_quantized(pl_module):
+            return  # only the end counts, which a fit may have without a length
         now = progress(trainer)
         due = self.start <= now and self.start < 1  # an epoch that SWA adds for BatchNorm lies beyond the end
         if due and batch_idx % trainer.accumulate_grad_batches == 0:

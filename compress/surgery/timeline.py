@@ -17,8 +17,13 @@ def length(trainer: pl.Trainer) -> tuple[float, float]:
     """Return how many optimiser steps and how many epochs a fit runs, whichever limit ends it.
 
     In manual optimisation, steps are batches. Epochs are not a number (NaN) where a loader has no length.
+
+    Raises:
+        EditError: when the Trainer has no end, or the loader no length to reckon it from.
     """
     steps = float(trainer.estimated_stepping_batches)
+    if steps in (math.inf, -1):
+        raise _endless(trainer)
     each = (
         math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
         if math.isfinite(trainer.num_training_batches)
@@ -35,7 +40,7 @@ def progress(trainer: pl.Trainer) -> float:
     fraction of batches, or of ``max_steps`` where that limit comes first.
 
     Raises:
-        EditError: when the Trainer has no end, so that no fraction exists.
+        EditError: when the Trainer has no end, or the loader no length to reckon it from, so that no fraction exists.
     """
     if _steps_are_even(trainer):
         total = trainer.estimated_stepping_batches
@@ -43,8 +48,18 @@ def progress(trainer: pl.Trainer) -> float:
     else:
         fractions = _fractions(trainer)
     if not fractions:
-        raise EditError("trainer.max_epochs: expected a bounded fit, got none. Set max_epochs or max_steps.")
+        raise _endless(trainer)
     return min(1.0, max(fractions))
+
+
+def _endless(trainer: pl.Trainer) -> EditError:
+    if trainer.max_epochs not in (None, -1) and trainer.num_training_batches == math.inf:
+        return EditError(
+            "trainer.max_steps: expected a number, since the training loader has no length and what fraction of "
+            f"{trainer.max_epochs} epochs is done cannot be told, got none. Set max_steps, or limit_train_batches to "
+            "a number of batches."
+        )
+    return EditError("trainer.max_epochs: expected a bounded fit, got none. Set max_epochs or max_steps.")
 
 
 def _steps_are_even(trainer: pl.Trainer) -> bool:

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from compress.distill import Classification, Distiller
@@ -223,6 +223,25 @@ class Stream(IterableDataset):
         return zip(*images(24))
 
 
+class Plain(pl.LightningModule):
+    """Somebody's module, which asks for no progress of its own."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.student = network
+
+    def training_step(self, batch: Any, _: int) -> Tensor:
+        return nn.functional.cross_entropy(self.student(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def plain() -> Plain:
+    pl.seed_everything(0)
+    return Plain(Residual())
+
+
 def classifier() -> Distiller:
     pl.seed_everything(0)
     return Distiller(
@@ -230,9 +249,20 @@ def classifier() -> Distiller:
     )
 
 
-def test_data_without_a_length_calibrate() -> None:
-    module, callback = classifier(), QuantizationAwareTraining(start=1, num_batches=2)
-    trainer(max_steps=2, max_epochs=-1, callbacks=[callback]).fit(module, DataLoader(Stream(), batch_size=12))
+@pytest.mark.parametrize("end", [{"max_steps": 2, "max_epochs": -1}, {"max_epochs": 2}])
+def test_data_without_a_length_calibrate(end: dict[str, int]) -> None:
+    module, callback = plain(), QuantizationAwareTraining(start=1, num_batches=2)
+    trainer(**end, callbacks=[callback]).fit(module, DataLoader(Stream(), batch_size=12))
+    assert history_of(module).count("quantize") == 1
+
+
+def test_training_in_integers_says_that_a_loader_without_a_length_needs_steps() -> None:
+    fit = trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(start=0.5)])
+    with pytest.raises(EditError, match=r"trainer\.max_steps: .* loader has no length .* 2 epochs .*Set max_steps"):
+        fit.fit(plain(), DataLoader(Stream(), batch_size=12))
+    limited = trainer(max_epochs=2, limit_train_batches=2, callbacks=[QuantizationAwareTraining(start=0.5)])
+    module = plain()
+    limited.fit(module, DataLoader(Stream(), batch_size=12))
     assert history_of(module).count("quantize") == 1
 
 
