@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from compress.errors import CaptureError, DataError, EditError
+from compress.quantize.batches import InputReader, training_batches
 from compress.quantize.calibrate import calibrate
 from compress.quantize.checks import check_precision, check_progress, check_settings, check_stages
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
@@ -21,10 +22,10 @@ from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.parametrize import begin_rounding, freeze
 from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
-from compress.quantize.ranks import follow_first_rank
+from compress.quantize.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import find_averages
-from compress.surgery.editor import example_inputs, inputs_of, progress
+from compress.surgery.editor import example_inputs, progress
 from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
@@ -61,6 +62,8 @@ class QuantizationAwareTraining(ModelEditor):
         fallback: What to do with a network that PT2E cannot capture or prepare: ``parametrize`` rounds layer by layer
             (``compress.quantize.parametrize``); by default it is refused with the reason.
         improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
+        inputs: Returns the network's inputs in a batch as ``training_step`` gets it, a tensor or a tuple; by default
+            they are its first element. Asked for with ``start=1``, ``learn_steps`` and no ``example_input_array``.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -86,6 +89,7 @@ class QuantizationAwareTraining(ModelEditor):
         progressive: Stages | None = None,
         improve: Sequence[str] = (),
         fallback: str | None = None,
+        inputs: Callable[[Any], Any] | None = None,
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -113,6 +117,7 @@ class QuantizationAwareTraining(ModelEditor):
         self.percentile = percentile
         self.num_batches = num_batches
         self.learn_steps = learn_steps
+        self._reader = InputReader(inputs, start=start, learn_steps=learn_steps, sizes_vary=fallback is not None)
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
         self._tried: tuple[nn.Module, Captured] | None = None
         self.improve = in_order(improve)
@@ -160,7 +165,7 @@ class QuantizationAwareTraining(ModelEditor):
             return replay_quantize(network, edit, prepared=self._take_tried(network))
         trainer, inputs = self._first
         prepared = replay_quantize(network, edit, batches=[inputs])
-        _share_ranges(trainer, prepared)
+        share_ranges(trainer, prepared)
         return prepared
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -189,6 +194,7 @@ class QuantizationAwareTraining(ModelEditor):
         Raises:
             EditError: when it is, and is to be trained in integers.
         """
+        self._reader.begin()
         if self.start < 1 and not self.network(pl_module).training:
             raise EditError(
                 f"quantize: expected {self.attribute} in training mode, got it in evaluation, where ranges are not "
@@ -198,13 +204,20 @@ class QuantizationAwareTraining(ModelEditor):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Quantise when it is due, and freeze late."""
-        if self.start == 1 and not _is_quantized(pl_module):
-            return  # only the end counts, which a fit may have without a length
+        """Quantise when it is due, and freeze late.
+
+        Raises:
+            EditError: at the first batch, when the network's inputs are needed and not found.
+            DataError: then, when they are not what it takes.
+        """
+        if not _is_quantized(pl_module):
+            self._reader.try_first(pl_module, self.network(pl_module), batch)
+            if self.start == 1:
+                return  # only the end counts, which a fit may have without a length
         now = progress(trainer)
         due = self.start <= now and self.start < 1  # an epoch that SWA adds for BatchNorm lies beyond the end
-        if due and batch_idx % trainer.accumulate_grad_batches == 0:
-            self._quantize_once(trainer, pl_module, batch)
+        if due and not _is_quantized(pl_module) and batch_idx % trainer.accumulate_grad_batches == 0:
+            self._quantize(trainer, pl_module, self._reader.readable(pl_module, batch))
         if _is_quantized(pl_module):
             network = self.network(pl_module)
             self._frozen = now >= self.freeze_batchnorm
@@ -266,11 +279,9 @@ class QuantizationAwareTraining(ModelEditor):
             # In the end each has its own, be they fewer than those of most weights.
             set_bits(group, 0 if bits == self.progressive.bits[-1] else bits)
 
-    def _quantize_once(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
-        if _is_quantized(pl_module):
-            return
+    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self.learn_steps:
-            self._first = trainer, inputs_of(batch, otherwise="Leave learn_steps out.")
+            self._first = trainer, batch[0]
         try:
             inputs = example_inputs(pl_module, batch)
             self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs))
@@ -302,14 +313,7 @@ class QuantizationAwareTraining(ModelEditor):
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Quantise with ranges from training data; every rank has those of rank 0."""
-        loader: Any = trainer.train_dataloader
-        sampler: Any = getattr(loader, "sampler", None)
-        if hasattr(sampler, "set_epoch"):  # in the order of the last epoch, which a fit that goes on here has not seen
-            sampler.set_epoch(max(0, trainer.current_epoch - 1))
-        batches = (
-            inputs_of(trainer.strategy.batch_to_device(batch, pl_module.device), otherwise="Train with start below 1.")
-            for batch in itertools.islice([] if loader is None else loader, self.num_batches)  # may have no length
-        )
+        batches = map(self._reader.read, itertools.islice(training_batches(trainer, pl_module), self.num_batches))
         first = next(batches, None)
         if first is None:
             raise DataError("quantize: expected training batches to calibrate with, got none. Give the Trainer data.")
@@ -318,7 +322,7 @@ class QuantizationAwareTraining(ModelEditor):
         if self.improve:
             data = list(data)  # it passes several times
             improved = improve_network(self.network(pl_module), data, self.improve)
-        self._quantize_once(trainer, pl_module, [first if len(first) > 1 else first[0]])
+        self._quantize(trainer, pl_module, [first])
         network = self.network(pl_module)
         shown = trainer.is_global_zero and bool(trainer.progress_bar_callback)
         calibrate(network, data, ranges=self.ranges, percentile=self.percentile, progress=shown)
@@ -326,8 +330,8 @@ class QuantizationAwareTraining(ModelEditor):
             assert isinstance(network, Captured)
             improved |= improve_prepared(network, data, self.improve, progress=shown)
             rank_zero_info("quantize.improve: " + ", ".join(f"{name} {num}" for name, num in improved.items()))
-            _share(trainer, dict(network.named_parameters()))
-        _share_ranges(trainer, network)
+            share(trainer, dict(network.named_parameters()))
+        share_ranges(trainer, network)
 
 
 _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
@@ -335,13 +339,3 @@ _AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 def _is_quantized(pl_module: pl.LightningModule) -> bool:
     return history_of(pl_module).count(QuantizationAwareTraining.kind) > 0
-
-
-def _share_ranges(trainer: pl.Trainer, network: nn.Module) -> None:
-    """Give every rank the ranges of rank 0."""
-    _share(trainer, {name: buffer for name, buffer in network.named_buffers() if "activation_post_process" in name})
-
-
-def _share(trainer: pl.Trainer, tensors: dict[str, Any]) -> None:
-    for name, value in trainer.strategy.broadcast(tensors, src=0).items():
-        tensors[name].data.copy_(value)
