@@ -131,7 +131,7 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
         (["--export.targets", "[aoti, tflite]"], r"export\.targets: expected names among .*, got tflite"),
         (
             ["--export.lengths", "[{dimension: 2, smallest: 4, largest: 16}]"],
-            r"export\.lengths: expected none beside quantize, got dimension 2 from 4 to 16",
+            r"export\.lengths: expected those of quantize\.lengths, got dimension 2 from 4 to 16",
         ),
         (["--export.min_top1_agreement", "98"], r"export\.min_top1_agreement: expected a value in \[0, 1\], got 98"),
         (["--data.init_args.batch_size", "0"], r"data\.batch_size"),
@@ -165,6 +165,10 @@ def test_lengths_are_read() -> None:
     words = ["--quantize", "null", "--export.lengths", "[{dimension: 2, smallest: 4, largest: 16}, {dimension: 3}]"]
     recipe = build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
     assert recipe.export.lengths == [Length(2, 4, 16), Length(3)]
+    words = ["--quantize.lengths", "[{dimension: 3, inputs: [0]}]", "--export.lengths", "[{dimension: 3, inputs: [0]}]"]
+    recipe = build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
+    assert recipe.quantize is not None
+    assert recipe.export.lengths == list(recipe.quantize.lengths) == [Length(3, inputs=[0])]
 
 
 def test_all_contradictions_are_told_at_once() -> None:

@@ -66,7 +66,7 @@ def measure_layers(
         before = None
     rehearsed = callback.rehearse(copy.deepcopy(network), inputs)
     if isinstance(rehearsed, Captured):
-        network = capture_layers(network, inputs)
+        network = capture_layers(network, inputs, lengths=callback.lengths)
     sizes = num_weights(network)
     named = quantized_layers(rehearsed, sizes)
     curves = {} if before is None else {layer: points for layer, points in before.curves.items() if layer in sizes}

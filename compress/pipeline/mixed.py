@@ -250,7 +250,7 @@ class _Bench:
     def _quantized(self, in_floats: Sequence[str]) -> tuple[nn.Module, nn.Module]:
         own = self._callback.assignment
         assignment = replace(own, layers=with_floats(own.layers, in_floats, FLOAT))
-        prepared = prepare(copy.deepcopy(self._network), self._inputs, assignment)
+        prepared = prepare(copy.deepcopy(self._network), self._inputs, assignment, lengths=self._callback.lengths)
         calibrate(prepared, self._batches, ranges=self._callback.ranges, percentile=self._callback.percentile)
         return prepared, convert(prepared)
 

@@ -25,6 +25,7 @@ from compress.prune import replay_prune
 from compress.quantize import deployed_form, replay_quantize
 from compress.recipe import Recipe, build_recipe, parse_recipe
 from compress.surgery import History, load_snapshot
+from compress.surgery.lengths import read_lengths
 
 __all__ = ["HANDLERS", "RunDirectory", "create_run", "open_run"]
 
@@ -137,9 +138,11 @@ class RunDirectory:
     def deployed(self) -> nn.Module:
         """The final network in the form that is deployed: integers where it was quantised."""
         network, history = self.final
-        if not history.count("quantize"):
+        edit = next((edit for edit in history if edit.kind == "quantize"), None)
+        if edit is None:
             return network
-        return deployed_form(network, [tensor[:2] for tensor in self.held_out])
+        inputs = [tensor[:2] for tensor in self.held_out]
+        return deployed_form(network, inputs, lengths=read_lengths(edit.data.get("lengths", ())))
 
     def stages(self) -> list[str]:
         """Return the stages of the fit that have a snapshot, in the order of the report."""

@@ -17,6 +17,7 @@ from compress.quantize.finite import reader_of
 from compress.quantize.parametrize import rounded_layers
 from compress.quantize.ranges import Grid, Seen, around_zero, choose_range
 from compress.surgery import Captured
+from compress.surgery.lengths import Sizes, has_sizes, sizes_of
 
 __all__ = ["calibrate", "float_mode"]
 
@@ -148,20 +149,19 @@ def _check(prepared: nn.Module, inputs: Any) -> None:
     if not isinstance(prepared, Captured):
         return  # its own code says what it takes
     wanted = [node.meta["val"] for node in prepared.graph_module.graph.nodes if node.op == "placeholder"]
-    if len(got) != len(wanted) or not all(map(_fits, got, wanted)):
+    if len(got) != len(wanted) or not all(map(_fits, got, wanted, sizes_of(prepared.graph_module))):
         expected, shapes = ([_described(tensor) for tensor in tensors] for tensors in (wanted, got))
         raise DataError(
             f"calibrate: expected batches of (inputs, ...) with shapes (N, ...) = {', '.join(expected)}, got "
-            f"{', '.join(shapes)}. Give what the network takes, without targets."
+            f"{', '.join(shapes)}. Give what the network takes, without targets, and name what varies in lengths."
         )
 
 
-def _fits(tensor: Any, wanted: Tensor) -> bool:
+def _fits(tensor: Any, wanted: Tensor, sizes: Sizes) -> bool:
     return (
         isinstance(tensor, Tensor)
-        and tensor.dim() == wanted.dim()
         and (tensor.dtype == wanted.dtype or not (tensor.is_floating_point() or wanted.is_floating_point()))
-        and all(size == given for size, given in zip(wanted.shape[1:], tensor.shape[1:]) if isinstance(size, int))
+        and has_sizes(tensor, sizes)
     )
 
 

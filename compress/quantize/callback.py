@@ -26,6 +26,7 @@ from compress.quantize.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import find_averages
 from compress.surgery.editor import example_inputs, progress
+from compress.surgery.lengths import Length, read_lengths, write_lengths
 from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
@@ -64,6 +65,8 @@ class QuantizationAwareTraining(ModelEditor):
         improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
         inputs: Returns the network's inputs in a batch as ``training_step`` gets it, a tensor or a tuple; by default
             they are its first element. Asked for with ``start=1``, ``learn_steps`` and no ``example_input_array``.
+        lengths: Sizes of inputs beyond the batch that vary, as that of a sequence; other sizes are those of the first
+            batch, and later ones that differ are refused.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:
@@ -90,6 +93,7 @@ class QuantizationAwareTraining(ModelEditor):
         improve: Sequence[str] = (),
         fallback: str | None = None,
         inputs: Callable[[Any], Any] | None = None,
+        lengths: Sequence[Length] = (),
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
@@ -117,7 +121,10 @@ class QuantizationAwareTraining(ModelEditor):
         self.percentile = percentile
         self.num_batches = num_batches
         self.learn_steps = learn_steps
-        self._reader = InputReader(inputs, start=start, learn_steps=learn_steps, sizes_vary=fallback is not None)
+        self._reader = InputReader(
+            inputs, start=start, learn_steps=learn_steps, sizes_vary=fallback is not None or bool(lengths)
+        )
+        self.lengths = tuple(lengths)
         self._first: tuple[pl.Trainer, tuple[Tensor, ...]] | None = None
         self._tried: tuple[nn.Module, Captured] | None = None
         self.improve = in_order(improve)
@@ -140,7 +147,7 @@ class QuantizationAwareTraining(ModelEditor):
                 "trainer.fit first, with more epochs than its checkpoint has seen."
             )
         network, edit = self._trained
-        return deployed_form(network, example_tensors(edit))
+        return deployed_form(network, example_tensors(edit), lengths=read_lengths(edit.data.get("lengths", ())))
 
     def rehearse(self, network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
         """Do to a network what the fit will do to it, and return it.
@@ -153,7 +160,7 @@ class QuantizationAwareTraining(ModelEditor):
             CaptureError: when it cannot be quantised.
             RecipeError: when a pattern matches no layer, or an improvement finds nothing to work on.
         """
-        rehearse_improvements(copy.deepcopy(network), inputs, self.improve)
+        rehearse_improvements(copy.deepcopy(network), inputs, self.improve, lengths=self.lengths)
         prepared = replay_quantize(network, self._plan(network, inputs), prepared=self._take_tried(network))
         if self.progressive is not None:
             quantizers(prepared, self.progressive.order)
@@ -294,10 +301,11 @@ class QuantizationAwareTraining(ModelEditor):
             "inputs": describe_inputs(inputs),
             "shapes": shapes_of(network, {}),
             "learn_steps": self.learn_steps,
+            "lengths": write_lengths(self.lengths),
         }
         if self.fallback is not None:
             try:
-                self._tried = network, prepare(network, inputs, self.assignment)
+                self._tried = network, prepare(network, inputs, self.assignment, lengths=self.lengths)
             except CaptureError as error:
                 reason = str(error).removesuffix(WAY_OUT)
                 rank_zero_warn(f"quantize.fallback: layers are rounded one by one, without a graph. {reason}")
@@ -321,7 +329,7 @@ class QuantizationAwareTraining(ModelEditor):
         improved: dict[str, int] = {}
         if self.improve:
             data = list(data)  # it passes several times
-            improved = improve_network(self.network(pl_module), data, self.improve)
+            improved = improve_network(self.network(pl_module), data, self.improve, lengths=self.lengths)
         self._quantize(trainer, pl_module, [first])
         network = self.network(pl_module)
         shown = trainer.is_global_zero and bool(trainer.progress_bar_callback)

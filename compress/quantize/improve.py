@@ -13,6 +13,7 @@ from compress.quantize.equalize import equalize
 from compress.quantize.lockstep import float_twin
 from compress.quantize.smooth import smooth, smoothable
 from compress.surgery import Captured, capture
+from compress.surgery.lengths import Length
 
 __all__ = ["IMPROVEMENTS", "improve_network", "improve_prepared", "in_order", "rehearse_improvements"]
 
@@ -40,13 +41,16 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in IMPROVEMENTS if name in names)
 
 
-def improve_network(network: nn.Module, batches: Batches, names: Sequence[str]) -> dict[str, int]:
+def improve_network(
+    network: nn.Module, batches: Batches, names: Sequence[str], *, lengths: Sequence[Length] = ()
+) -> dict[str, int]:
     """Make a float network easier to quantise, its function unchanged (``equalize``, ``smooth``).
 
     Args:
         network: Its parameters change in place.
         batches: Its inputs, a tuple of tensors each.
         names: Of ``IMPROVEMENTS``; those that work after calibration are left to ``improve_prepared``.
+        lengths: Sizes beyond the batch that vary.
 
     Returns:
         At how many places each has worked.
@@ -61,7 +65,7 @@ def improve_network(network: nn.Module, batches: Batches, names: Sequence[str]) 
         return {}
     if not batches:
         raise DataError("quantize.improve: expected at least one batch, got none. Give the training data's loader.")
-    captured = capture(network, _two_samples(batches[0]))
+    captured = capture(network, _two_samples(batches[0]), lengths=lengths)
     return {name: equalize(captured) if name == "equalize" else smooth(captured, batches) for name in names}
 
 
@@ -91,13 +95,16 @@ def improve_prepared(
     return {name: works[name](prepared, batches, reference=reference, progress=progress) for name in names}
 
 
-def rehearse_improvements(network: nn.Module, inputs: Sequence[Tensor], names: Sequence[str]) -> None:
+def rehearse_improvements(
+    network: nn.Module, inputs: Sequence[Tensor], names: Sequence[str], *, lengths: Sequence[Length] = ()
+) -> None:
     """Find out whether a network has what improvements work on.
 
     Args:
         network: Parameters may change in place: give a copy.
         inputs: Example inputs.
         names: Of ``IMPROVEMENTS``.
+        lengths: Sizes beyond the batch that vary.
 
     Raises:
         RecipeError: when one of them would change nothing.
@@ -105,7 +112,7 @@ def rehearse_improvements(network: nn.Module, inputs: Sequence[Tensor], names: S
     """
     if not {"equalize", "smooth"} & set(names):
         return
-    captured = capture(network, _two_samples(inputs))
+    captured = capture(network, _two_samples(inputs), lengths=lengths)
     if "equalize" in names and not equalize(captured):
         raise RecipeError(
             "quantize.improve: expected layers in a row with ReLU between for 'equalize', got none. Leave it out."

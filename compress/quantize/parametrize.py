@@ -25,6 +25,7 @@ from compress.quantize.schemes import Scheme
 from compress.quantize.specs import activation_spec, fake_quantizer, weight_spec
 from compress.surgery import Captured
 from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length
 
 __all__ = ["begin_rounding", "check_schemes", "freeze", "make_permanent", "parametrize", "rounded_layers"]
 
@@ -125,7 +126,7 @@ def begin_rounding(network: nn.Module) -> bool:
     return bool(waiting)
 
 
-def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+def make_permanent(network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = ()) -> nn.Module:
     """Turn fake quantization into integers times scales; the argument stays as it is.
 
     Where ranges are unknown, since no batch has reached a layer, it is left in floats.
@@ -134,6 +135,7 @@ def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
         network: From ``parametrize``, trained.
         inputs: Examples, two samples each, with which the result is captured, by running its code: branches that
             depend on data cannot be captured that way either.
+        lengths: Sizes beyond the batch that vary.
 
     Returns:
         In evaluation: a graph with BatchNorms folded into the scales in front of them; the network itself, its weights
@@ -150,7 +152,7 @@ def make_permanent(network: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # one operator for a whole layer would pass its inputs by
     try:
-        program = export_program(twin, [tensor.cpu() for tensor in inputs], strict=False)
+        program = export_program(twin, [tensor.cpu() for tensor in inputs], lengths=lengths, strict=False)
     except CaptureError:
         return twin
     finally:

@@ -26,7 +26,7 @@ from compress.quantize.quantizer import make_quantizer, resolve_layers, rounds_a
 from compress.quantize.schemes import Scheme
 from compress.quantize.specs import guard_ranges
 from compress.surgery import Captured, Edit, capture
-from compress.surgery.lengths import Length
+from compress.surgery.lengths import Length, read_lengths
 from compress.surgery.slicing import check_shapes
 
 __all__ = [
@@ -156,14 +156,15 @@ def convert(prepared: Captured) -> Captured:
     return Captured(converted).eval()
 
 
-def deployed_form(trained: nn.Module, inputs: Sequence[Tensor]) -> nn.Module:
+def deployed_form(trained: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = ()) -> nn.Module:
     """Turn a network that was trained with fake quantization into the form that is deployed.
 
     Args:
         trained: From ``prepare`` or ``parametrize``; it stays as it is.
         inputs: Examples, two samples each.
+        lengths: Sizes beyond the batch that vary; a graph knows its own.
     """
-    return convert(trained) if isinstance(trained, Captured) else make_permanent(trained, inputs)
+    return convert(trained) if isinstance(trained, Captured) else make_permanent(trained, inputs, lengths=lengths)
 
 
 def describe_inputs(inputs: Sequence[Tensor]) -> list[dict[str, Any]]:
@@ -201,7 +202,8 @@ def replay_quantize(
         return parametrize(network, read_assignment(edit.data))
     device = next(network.parameters()).device
     inputs = [tensor.to(device) for tensor in example_tensors(edit)]
-    prepared = (prepared or prepare(network, inputs, read_assignment(edit.data))).to(device)
+    lengths = read_lengths(edit.data.get("lengths", ()))
+    prepared = (prepared or prepare(network, inputs, read_assignment(edit.data), lengths=lengths)).to(device)
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):

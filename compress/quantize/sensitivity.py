@@ -20,6 +20,7 @@ from compress.measure.modes import kept_modes
 from compress.quantize.annotate import FEWEST_UNITS, layer_of, products, weights_of
 from compress.quantize.normalize import constant_of, normalize, parameters_alone
 from compress.surgery import Captured, capture
+from compress.surgery.lengths import Length
 
 __all__ = ["BITS", "capture_layers", "measure_bits", "num_weights", "round_weight", "rounded"]
 
@@ -33,17 +34,18 @@ _OF_SEVERAL = (nn.MultiheadAttention, nn.LSTM, nn.GRU)
 """Layers with several weights, which have one name where schemes are given to layers."""
 
 
-def capture_layers(network: nn.Module, inputs: Sequence[Tensor]) -> Captured:
+def capture_layers(network: nn.Module, inputs: Sequence[Tensor], *, lengths: Sequence[Length] = ()) -> Captured:
     """Return a network as a graph in which all layers are found that schemes are given to, however they are written.
 
     Args:
         network: Its parameters are shared, not copied.
         inputs: Example inputs, at least two samples each.
+        lengths: Sizes beyond the batch that vary.
 
     Raises:
         CaptureError: when the network cannot be captured.
     """
-    captured = capture(network, inputs)
+    captured = capture(network, inputs, lengths=lengths)
     normalize(captured.graph_module)
     return captured
 

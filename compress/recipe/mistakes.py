@@ -55,10 +55,10 @@ def mistakes(recipe: Recipe) -> Iterable[str]:
     if recipe.quantize is not None:
         yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
         yield from _float_targets(recipe.quantize, recipe.export)
-        if recipe.export.lengths:
+        if others := [str(length) for length in recipe.export.lengths if length not in recipe.quantize.lengths]:
             yield (
-                f"export.lengths: expected none beside quantize, got {', '.join(map(str, recipe.export.lengths))}. The "
-                "graph has the length of the first batch: use compress.quantize.prepare(..., lengths=...) in Python."
+                f"export.lengths: expected those of quantize.lengths, got {', '.join(others)}. Other sizes are fixed "
+                "in the graph that is trained: name the same in both."
             )
     for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
         value = getattr(recipe.export, key)

@@ -20,7 +20,7 @@ from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
 from compress.surgery.blame import layer_and_line
 from compress.surgery.devices import device_of, follow_device, move_constants
-from compress.surgery.lengths import LARGEST_BATCH, Length, dynamic_shapes
+from compress.surgery.lengths import LARGEST_BATCH, Length, check_sizes, dynamic_shapes, sizes_of
 from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
 
@@ -114,7 +114,7 @@ def capture(
         mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph;
             with ``"train"`` a random one, as stochastic depth, stays in what is deployed. Dropout and BatchNorm follow
             ``.training`` either way; a BatchNorm that is in evaluation in a network in training stays there for good.
-        lengths: Sizes beyond the batch that may vary.
+        lengths: Sizes beyond the batch that may vary; inputs of other sizes than the example's are refused elsewhere.
 
     Raises:
         CaptureError: when the network cannot be captured, or has a BatchNorm without a momentum.
@@ -173,6 +173,7 @@ class Captured(nn.Module):
             graph_module._modules,
         )
         self._graph_module = (graph_module,)
+        self._sizes = sizes_of(graph_module)
         self._tapped: tuple[tuple[tuple[str, ...], bool], GraphModule] | None = None
         self.freeze_batchnorm = False
         self._compile: Callable[..., Any] | None = None
@@ -185,7 +186,12 @@ class Captured(nn.Module):
 
     @torch.compiler.disable(recursive=False)  # the mode is written into the graph: it compiles one for each itself
     def forward(self, *inputs: Tensor) -> Any:
-        """Run the graph in the mode that ``training`` says."""
+        """Run the graph in the mode that ``training`` says.
+
+        Raises:
+            DataError: when a size that is not among the lengths is another one than the example's.
+        """
+        self._check(inputs)
         self.sync_mode()
         if self._compile is None and self.lighten is None:
             return self.graph_module(*inputs)
@@ -194,6 +200,10 @@ class Captured(nn.Module):
             twin = self._twin()
             self._derived[mode] = twin if self._compile is None else self._compile(twin)
         return self._derived[mode](*inputs)
+
+    def _check(self, inputs: Sequence[Any]) -> None:
+        if self._sizes:
+            check_sizes(inputs, self._sizes)
 
     def _twin(self) -> GraphModule:
         """Return a graph of its own that runs in place of this one in the present mode."""
@@ -219,7 +229,9 @@ class Captured(nn.Module):
 
         Raises:
             CaptureError: when a layer has left no operator in the graph.
+            DataError: as ``forward``.
         """
+        self._check(inputs)
         key = tuple(names), self.training
         if self._tapped is None or self._tapped[0] != key:
             # In evaluation as it is written: norms that were folded away could not be tapped.

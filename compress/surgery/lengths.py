@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
-from compress.errors import CaptureError
+from compress.errors import CaptureError, DataError
 
-__all__ = ["LARGEST_BATCH", "Length", "dynamic_shapes", "lengths_of", "user_inputs"]
+__all__ = [
+    "LARGEST_BATCH",
+    "Length",
+    "Sizes",
+    "check_sizes",
+    "dynamic_shapes",
+    "has_sizes",
+    "lengths_of",
+    "read_lengths",
+    "sizes_of",
+    "user_inputs",
+    "write_lengths",
+]
+
+Sizes = tuple[int | None, ...]
+"""An input's shape in a captured graph, ``None`` for what varies: the batch, and lengths."""
 
 LARGEST_BATCH = 65535
 """Samples that a program takes at most, unless it is captured for fewer: so many as cuDNN normalises at once."""
@@ -94,6 +109,58 @@ def lengths_of(program: ExportedProgram) -> tuple[Length, ...]:
         Length(dimension, *_range(program, expression), tuple(places))
         for (expression, dimension), places in found.items()
     )
+
+
+def sizes_of(graph_module: GraphModule) -> list[Sizes]:
+    """Return the sizes of a captured graph's inputs; nothing of a graph that does not know them."""
+    values = [node.meta.get("val") for node in graph_module.graph.nodes if node.op == "placeholder"]
+    if not all(isinstance(value, Tensor) for value in values):
+        return []
+    shapes = [tuple(size if isinstance(size, int) else None for size in value.shape) for value in values]
+    return [(None, *shape[1:]) if shape else () for shape in shapes]
+
+
+def has_sizes(tensor: Tensor, sizes: Sizes) -> bool:
+    """Say whether a tensor has the sizes that are fixed.
+
+    Example:
+        >>> has_sizes(torch.ones(5, 3), (None, 3)), has_sizes(torch.ones(5, 4), (None, 3))
+        (True, False)
+    """
+    shape = tensor.shape
+    return len(shape) == len(sizes) and all(size is None or size == got for size, got in zip(sizes, shape))
+
+
+def check_sizes(inputs: Sequence[Any], wanted: Sequence[Sizes]) -> None:
+    """Refuse inputs that a graph was not captured for: sizes are written into it, and it would compute other numbers.
+
+    Raises:
+        DataError: when one is no tensor, or has another size where none varies.
+    """
+    if len(inputs) == len(wanted) and all(isinstance(x, Tensor) and has_sizes(x, s) for x, s in zip(inputs, wanted)):
+        return
+    expected = ", ".join(f"({', '.join('any' if size is None else str(size) for size in sizes)})" for sizes in wanted)
+    got = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+    raise DataError(
+        f"captured network: expected inputs of shapes {expected}, got {got or 'none'}. Sizes beyond the batch are "
+        "those of the example that it was captured with: pad to them, or name what varies in lengths, of capture, of "
+        "prepare, or of the callback that quantises (quantize.lengths)."
+    )
+
+
+def write_lengths(lengths: Sequence[Length]) -> list[dict[str, Any]]:
+    """Return lengths as plain data.
+
+    Example:
+        >>> read_lengths(write_lengths([Length(1, 2, 9)]))
+        (Length(dimension=1, smallest=2, largest=9, inputs=None),)
+    """
+    return [{**vars(length), "inputs": None if length.inputs is None else list(length.inputs)} for length in lengths]
+
+
+def read_lengths(lengths: Sequence[Mapping[str, Any]]) -> tuple[Length, ...]:
+    """Rebuild what ``write_lengths`` wrote."""
+    return tuple(Length(**length) for length in lengths)
 
 
 def user_inputs(program: ExportedProgram) -> Iterator[tuple[Node, Tensor]]:

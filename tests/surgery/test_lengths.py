@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import copy
+import json
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CaptureError
+from compress.errors import CaptureError, DataError
 from compress.models import LSTMClassifier
 from compress.surgery.capture import capture, export_program
-from compress.surgery.lengths import Length, dynamic_shapes, lengths_of
+from compress.surgery.lengths import Length, dynamic_shapes, lengths_of, read_lengths, write_lengths
 
 
 class Weighted(nn.Module):
@@ -94,3 +97,30 @@ def test_what_cannot_vary_is_an_error_with_its_reason(network: nn.Module, length
 def test_wrong_ranges_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(CaptureError, match=message):
         Length(**arguments)
+
+
+class Mean(nn.Module):
+    """A size that is read becomes a number in the graph."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(1) / x.shape[1]
+
+
+@pytest.mark.parametrize("shape", [(4, 12, 3), (4, 3, 3), (4, 6), (4, 6, 3, 1)])
+def test_sizes_that_a_graph_was_not_captured_for_are_refused(shape: tuple[int, ...]) -> None:
+    captured = capture(Mean(), [torch.randn(2, 6, 3)])
+    for graph in (captured, copy.deepcopy(captured), capture(captured, [torch.randn(2, 6, 3)])):
+        x = torch.randn(5, 6, 3)
+        torch.testing.assert_close(graph(x), Mean()(x))
+        message = r"expected inputs of shapes \(any, 6, 3\), got " + re.escape(str(shape)) + r"\. .* lengths"
+        with pytest.raises(DataError, match=message):
+            graph(torch.randn(shape))
+        with pytest.raises(DataError, match=message):
+            graph.forward_with_features([], torch.randn(shape))
+
+
+def test_lengths_survive_a_checkpoint() -> None:
+    given = (Length(1, 2, 9), Length(2, inputs=(0, 1)))
+    read = read_lengths(json.loads(json.dumps(write_lengths(given))))
+    assert [dynamic_shapes([torch.ones(2, 3, 4)] * 2, read)[1].keys()] == [{0, 1, 2}]
+    assert read == (given[0], Length(2, inputs=[0, 1]))
