@@ -71,8 +71,8 @@ def _captured(network: Captured) -> Parts:
     network.train(False)
     network.sync_mode()
     nodes = [node for node in graph.graph.nodes if node.target is _NORM and node.args[3] is not None]
-    nodes = [node for node in nodes if str(node.args[3].target) not in network.frozen]
-    before = [node.args[_MOMENTUM] for node in nodes]
+    nodes = [node for node in nodes if not network.rests(node)]
+    before = [node.args for node in nodes]
 
     def set_momentum(value: float) -> None:
         for node in nodes:
@@ -81,9 +81,8 @@ def _captured(network: Captured) -> Parts:
         graph.recompile()
 
     def restore() -> None:
-        for node, momentum in zip(nodes, before):
-            node.update_arg(_TRAINING, False)
-            node.update_arg(_MOMENTUM, momentum)
+        for node, given in zip(nodes, before):
+            node.args = given
         graph.recompile()
 
     return graph, set_momentum, restore

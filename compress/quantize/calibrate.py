@@ -197,7 +197,8 @@ def _measure_weights(prepared: Captured, weights: dict[str, Any], inputs: Sequen
     finally:
         for hook in hooks:
             hook.remove()
-        prepared.train(training).sync_mode()
+        prepared.training = training  # not by train(): parts keep their modes
+        prepared.sync_mode()
 
 
 def _extremes(module: Any, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -89,7 +89,8 @@ def coverage(prepared: Captured, inputs: Sequence[Tensor]) -> Coverage:
             counter = _Counter(prepared.graph_module)
             counter.run(*inputs)
     finally:
-        prepared.train(training).sync_mode()
+        prepared.training = training  # not by train(): parts keep their modes
+        prepared.sync_mode()
     return Coverage(tuple(counter.products))
 
 

@@ -84,7 +84,8 @@ def evaluation(*networks: Captured) -> Iterator[None]:
             yield
     finally:
         for network, training in zip(networks, before):
-            network.train(training).sync_mode()
+            network.training = training  # not by train(): parts keep their modes
+            network.sync_mode()
 
 
 class Side:

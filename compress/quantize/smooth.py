@@ -97,7 +97,8 @@ def _largest(captured: Captured, batches: Iterable[Sequence[Tensor]], nodes: Seq
             for inputs in batches:
                 watch.run(*inputs)
     finally:
-        captured.train(training).sync_mode()
+        captured.training = training  # not by train(): parts keep their modes
+        captured.sync_mode()
     if not watch.largest:
         raise DataError("smooth: expected at least one batch, got none. Give the training data's loader.")
     for node, seen in watch.largest.items():

@@ -14,39 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError
 from compress.measure.modes import kept_modes
 from compress.surgery.blame import layer_and_line
 from compress.surgery.devices import device_of, follow_device, move_constants
 from compress.surgery.lengths import LARGEST_BATCH, Length, check_sizes, dynamic_shapes, sizes_of
+from compress.surgery.modes import modules_at_rest, note_constants, owner_of, rests, set_mode
 from compress.surgery.recurrent import kept_whole
 from compress.surgery.taps import twin_graph, with_features
 
 __all__ = ["Captured", "capture", "export_program"]
-
-# Where each operator keeps its train-or-eval argument.
-_MODE_ARGUMENT = {
-    torch.ops.aten.batch_norm.default: 5,
-    torch.ops.aten.dropout.default: 2,
-    torch.ops.aten.dropout_.default: 2,
-    torch.ops.aten.feature_dropout.default: 2,
-    torch.ops.aten.feature_dropout_.default: 2,
-    torch.ops.aten.alpha_dropout.default: 2,
-    torch.ops.aten.alpha_dropout_.default: 2,
-    torch.ops.aten.feature_alpha_dropout.default: 2,
-    torch.ops.aten.feature_alpha_dropout_.default: 2,
-    torch.ops.aten.instance_norm.default: 5,
-    torch.ops.aten.rrelu.default: 3,
-    torch.ops.aten.rrelu_.default: 3,
-    torch.ops.aten.lstm.input: 6,
-    torch.ops.aten.gru.input: 6,
-    torch.ops.aten.rnn_tanh.input: 6,
-    torch.ops.aten.rnn_relu.input: 6,
-}
-_NORMS = (torch.ops.aten.batch_norm.default,)
-_WITH_STATISTICS = (*_NORMS, torch.ops.aten.instance_norm.default)
 
 
 def export_program(
@@ -104,7 +83,12 @@ def _like_arguments(network: nn.Module, values: list[Any]) -> tuple[Any, ...]:
 
 
 def capture(
-    network: nn.Module, inputs: Sequence[Tensor], *, mode: str = "eval", lengths: Sequence[Length] = ()
+    network: nn.Module,
+    inputs: Sequence[Tensor],
+    *,
+    mode: str = "eval",
+    lengths: Sequence[Length] = (),
+    frozen: Iterable[str] | None = None,
 ) -> Captured:
     """Return a network as a trainable graph with the same parameters under the same names.
 
@@ -113,8 +97,10 @@ def capture(
         inputs: Example inputs, at least two samples in dimension 0 of each.
         mode: ``"train"`` or ``"eval"``: which branch of the user's own ``if self.training`` becomes part of the graph;
             with ``"train"`` a random one, as stochastic depth, stays in what is deployed. Dropout and BatchNorm follow
-            ``.training`` either way; a BatchNorm that is in evaluation in a network in training stays there for good.
+            ``.training`` either way, unless the code tells them something else than this mode.
         lengths: Sizes beyond the batch that may vary; inputs of other sizes than the example's are refused elsewhere.
+        frozen: Names of modules, each by its own, that stay in evaluation for good; by default those that are, in a
+            network in training.
 
     Raises:
         CaptureError: when the network cannot be captured, or has a BatchNorm without a momentum.
@@ -132,23 +118,25 @@ def capture(
                 f"capture: expected BatchNorms with a momentum, got none in {name!r}. Its statistics would stand still "
                 "in a graph. Set a number, e.g. 0.1."
             )
-    frozen = [
-        f"{name}.running_mean".removeprefix(".")
-        for name, module in network.named_modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and network.training and not module.training
-    ]
-    frozen += network.frozen if isinstance(network, Captured) else ()
+    resting = {*(modules_at_rest(network) if frozen is None else frozen)}
+    if isinstance(network, Captured):
+        resting |= network.frozen
     with kept_modes(network, training=mode == "train"):
         program = export_program(network, inputs, lengths=lengths)
-    return Captured(program.module(check_guards=False), frozen=frozen).train(network.training)
+    graph_module = program.module(check_guards=False)
+    note_constants(graph_module, training=mode == "train")
+    return Captured(graph_module, frozen=resting).train(network.training)
 
 
 class Captured(nn.Module):
     """A graph that follows ``.training``, with the parameter names of the network it was captured from.
 
+    Its parts with parameters or buffers are modules of their old names, and have modes: BatchNorm and dropout of a part
+    in evaluation are in evaluation.
+
     Args:
         graph_module: From ``torch.export``, or what PT2E made of such a one.
-        frozen: Names of the running means of norms that stay in evaluation in training, too.
+        frozen: Names of the modules, of the network that was captured, that stay in evaluation in training, too.
         lighten: Rewrites a graph, in place, into one that computes the same in less time, told whether for training;
             what runs is a graph of its own that has been rewritten, while ``graph_module`` stays as it is.
 
@@ -177,7 +165,7 @@ class Captured(nn.Module):
         self._tapped: tuple[tuple[tuple[str, ...], bool], GraphModule] | None = None
         self.freeze_batchnorm = False
         self._compile: Callable[..., Any] | None = None
-        self._derived: dict[tuple[bool, bool], Callable[..., Any]] = {}
+        self._derived: dict[tuple[bool, bool, frozenset[str]], Callable[..., Any]] = {}
 
     @property
     def graph_module(self) -> GraphModule:
@@ -192,10 +180,11 @@ class Captured(nn.Module):
             DataError: when a size that is not among the lengths is another one than the example's.
         """
         self._check(inputs)
-        self.sync_mode()
+        modes = self.sync_mode()
         if self._compile is None and self.lighten is None:
             return self.graph_module(*inputs)
-        mode = (self.training, self._learning)
+        resting = frozenset(name for name, training in modes.items() if not training) if self.training else frozenset()
+        mode = (self.training, self._learning, resting)
         if mode not in self._derived:
             twin = self._twin()
             self._derived[mode] = twin if self._compile is None else self._compile(twin)
@@ -232,12 +221,13 @@ class Captured(nn.Module):
             DataError: as ``forward``.
         """
         self._check(inputs)
+        self.sync_mode()
         key = tuple(names), self.training
         if self._tapped is None or self._tapped[0] != key:
             # In evaluation as it is written: norms that were folded away could not be tapped.
             graph = self._twin() if self.training else twin_graph(self.graph_module)
             self._tapped = (key, with_features(graph, names))
-        self.sync_mode()
+            self.sync_mode()
         outputs, features = self._tapped[1](*inputs)
         return outputs, dict(zip(names, features))
 
@@ -246,9 +236,12 @@ class Captured(nn.Module):
         self._tapped, self._derived = None, {}
 
     def train(self, mode: bool = True) -> Captured:
-        """Set ``training``; the graph follows at the next call."""
-        # Not recursive: exported submodules refuse .train(), and there is nothing in them that has a mode.
+        """Set ``training``, of parts, too, as ``nn.Module`` does; the graph follows at the next call."""
         self.training = mode
+        if mode:  # in evaluation parts are so whatever they say, and keep it: exported modules refuse .train()
+            for module in self._modules.values():
+                for part in module.modules() if module is not None else ():
+                    part.training = True
         return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Captured:
@@ -263,16 +256,29 @@ class Captured(nn.Module):
             self.forget_taps()
         return self
 
-    def sync_mode(self) -> None:
-        """Write ``training`` and ``freeze_batchnorm`` into the graph where they differ from what stands there."""
-        learning = self._learning
-        for graph_module in (self.graph_module, *([self._tapped[1]] if self._tapped else [])):
-            _set_mode(graph_module, self.frozen, training=self.training, learning=learning)
-        for module in self.graph_module.modules():
+    def sync_mode(self) -> dict[str, bool]:
+        """Write modes and ``freeze_batchnorm`` into the graph where they differ from what stands there.
+
+        Returns:
+            The modes of parts, by name.
+        """
+        learning, modes = self._learning, {}
+        for name, module in self.named_modules():
+            if module is self:
+                continue
+            modes[name] = module.training
             enabled = getattr(module, "observer_enabled", None)
             if isinstance(enabled, Tensor) and bool(enabled[0]) != learning:
                 # Otherwise validation data would move the activation ranges.
                 enabled[0] = int(learning)
+        for graph_module in (self.graph_module, *([self._tapped[1]] if self._tapped else [])):
+            set_mode(graph_module, self.frozen, modes, training=self.training, learning=learning)
+        return modes
+
+    def rests(self, node: Node) -> bool:
+        """Say whether a norm or dropout of the graph is in evaluation although the whole may be in training."""
+        modes = {name: module.training for name, module in self.named_modules() if module is not self}
+        return rests(owner_of(node), self.frozen, modes)
 
     @property
     def _learning(self) -> bool:
@@ -281,25 +287,7 @@ class Captured(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         twin = Captured(copy.deepcopy(self.graph_module, memo), frozen=self.frozen, lighten=self.lighten)
         twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm
+        modes = {name: module.training for name, module in self.named_modules()}
+        for name, module in twin.named_modules():  # a graph that is copied makes its modules anew
+            module.training = modes.get(name, True)
         return twin
-
-
-def _set_mode(graph_module: GraphModule, frozen: frozenset[str], *, training: bool, learning: bool) -> None:
-    changed = False
-    for node in graph_module.graph.nodes:
-        position = _MODE_ARGUMENT.get(node.target)
-        if position is None:
-            continue
-        wanted = learning if node.target in _NORMS else training
-        if node.target in _WITH_STATISTICS:
-            if node.args[3] is None:
-                continue  # a norm without running statistics takes those of the batch in both modes
-            wanted = wanted and str(node.args[3].target) not in frozen
-        given = node.args
-        # Export leaves arguments out that have their default.
-        given += tuple(argument.default_value for argument in node.target._schema.arguments[len(given) : position + 1])
-        if given[position] != wanted:
-            node.args = (*given[:position], wanted, *given[position + 1 :])
-            changed = True
-    if changed:
-        graph_module.recompile()
