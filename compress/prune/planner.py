@@ -20,6 +20,7 @@ from compress.prune.blocks import check_blocks, find_blocks, remove_blocks, skip
 from compress.prune.coupling import Group, read_labels, resize
 from compress.prune.criteria import score_groups
 from compress.surgery import Captured, Edit, apply_slices, capture
+from compress.surgery.modes import modules_at_rest
 from compress.surgery.slicing import Slices, check_shapes, shapes_of
 
 __all__ = ["apply_removal", "describe_removal", "find_groups", "plan_removal", "replay_prune"]
@@ -101,7 +102,8 @@ def describe_removal(
 
     Returns:
         ``{"slices", "attributes", "widths": {group: [before, after]}, "form": "module" or "graph", "inputs",
-        "shapes": {tensor: shape before}}``, with ``"blocks"`` where some go and ``"heads"`` where they lose width;
+        "shapes": {tensor: shape before}}``, with ``"blocks"`` where some go, ``"heads"`` where they lose width
+        and, of a graph, ``"frozen"``, the modules in evaluation;
         ``None`` when nothing is to be removed.
 
     Raises:
@@ -143,7 +145,7 @@ def describe_removal(
         lost = _tensors(anatomy.graph) - present
         attributes = _attributes(anatomy, slices, blocks, reference, lost)
     if attributes is None:
-        return {**data, "attributes": {}, "form": "graph"}
+        return {**data, "attributes": {}, "form": "graph", "frozen": modules_at_rest(network)}
     return {**data, "attributes": attributes, "form": "module"}
 
 
@@ -164,7 +166,7 @@ def apply_removal(network: nn.Module, data: Mapping[str, Any]) -> nn.Module:
         like = next(network.parameters())
         inputs = [_example(shape, dtype, like) for shape, dtype in data["inputs"]]
         # Not in training mode: a random branch of the user's code, as stochastic depth, would stay in evaluation.
-        network = capture(network, inputs, mode="eval")
+        network = capture(network, inputs, mode="eval", frozen=data.get("frozen"))
     if blocks:
         remove_blocks(network.graph_module, blocks)
     _shrink(network.graph_module, data["slices"], data.get("heads", "whole"))

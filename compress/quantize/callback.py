@@ -27,6 +27,7 @@ from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import find_averages
 from compress.surgery.editor import example_inputs, progress
 from compress.surgery.lengths import Length, read_lengths, write_lengths
+from compress.surgery.modes import modules_at_rest
 from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
@@ -302,6 +303,7 @@ class QuantizationAwareTraining(ModelEditor):
             "shapes": shapes_of(network, {}),
             "learn_steps": self.learn_steps,
             "lengths": write_lengths(self.lengths),
+            "frozen": modules_at_rest(network),  # at replay, hooks that freeze have not run yet
         }
         if self.fallback is not None:
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -52,6 +52,7 @@ def prepare(
     keep: Sequence[str] = (),
     first_last: str | Scheme | None = None,
     lengths: Sequence[Length] = (),
+    frozen: Iterable[str] | None = None,
 ) -> Captured:
     """Capture a network and put fake quantization around what the scheme quantises.
 
@@ -64,6 +65,8 @@ def prepare(
         keep: Patterns of layers that stay in floating point: ``float`` in ``layers``, after all others.
         first_last: Scheme of the first and the last layer; by default what the scheme says.
         lengths: Sizes beyond the batch that may vary.
+        frozen: Names of modules, each by its own, that stay in evaluation for good; by default those that are, in a
+            network in training.
 
     Returns:
         A module that trains like the network, seeing what int8 will do to it.
@@ -77,7 +80,7 @@ def prepare(
     if not isinstance(scheme, Assignment):
         scheme = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
     try:
-        captured = capture(network, inputs, lengths=lengths).train()
+        captured = capture(network, inputs, lengths=lengths, frozen=frozen).train()
     except CaptureError as error:
         raise CaptureError(f"{error} {WAY_OUT}") from error
     captured.sync_mode()  # PT2E's patterns of convolutions and BatchNorms are those of training
@@ -202,8 +205,10 @@ def replay_quantize(
         return parametrize(network, read_assignment(edit.data))
     device = next(network.parameters()).device
     inputs = [tensor.to(device) for tensor in example_tensors(edit)]
-    lengths = read_lengths(edit.data.get("lengths", ()))
-    prepared = (prepared or prepare(network, inputs, read_assignment(edit.data), lengths=lengths)).to(device)
+    if prepared is None:
+        assignment, lengths = read_assignment(edit.data), read_lengths(edit.data.get("lengths", ()))
+        prepared = prepare(network, inputs, assignment, lengths=lengths, frozen=edit.data.get("frozen"))
+    prepared = prepared.to(device)
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):

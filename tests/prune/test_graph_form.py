@@ -144,6 +144,15 @@ def fit(folder: Path, *, stop: int | None = None, own: bool = False) -> Distille
     return module
 
 
+def test_norms_that_were_frozen_are_so_after_a_replay() -> None:
+    network, x = Written().train(), data()[:6][0]
+    network.norm.eval()
+    planned = half(network, (x,))
+    again = apply_removal(Written().train(), planned)  # a resume replays before the hook that freezes has run
+    again(x)
+    assert torch.equal(again.get_buffer("norm.running_mean"), torch.zeros(8))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Distiller:
     return fit(tmp_path_factory.mktemp("whole"))

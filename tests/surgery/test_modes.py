@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from compress.quantize import QuantizationAwareTraining, calibrate, convert, pre
 from compress.surgery import Captured, capture
 from compress.surgery.modes import modules_at_rest
 from tests.networks import images, loader, trainer
-from tests.surgery.modules import Foreign
+from tests.surgery.modules import Foreign, SaveAfter, resumable
 
 
 class Parts(nn.Module):
@@ -112,6 +113,11 @@ def test_dropout_in_evaluation_is_left_where_the_code_says_so() -> None:
         assert float((each(x) - told).norm() / told.norm()) < 0.05
 
 
+class FrozenFromTheStart(Foreign):
+    def on_fit_start(self) -> None:
+        self.net.get_submodule("body").eval()
+
+
 class FrozenLater(Foreign):
     """Freezes a part from its second epoch on, and validates in between."""
 
@@ -121,6 +127,22 @@ class FrozenLater(Foreign):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.net(batch[0])
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_what_a_hook_has_frozen_stays_so_through_a_resume(step: int, tmp_path: Path) -> None:
+    states = []
+    for resumes in (False, True):
+        pl.seed_everything(0, verbose=False)
+        module = FrozenFromTheStart(Parts(0.0))  # no random numbers: a resume does not go on with them here
+        qat = QuantizationAwareTraining(start=0.25, attribute="net")
+        run = trainer(max_epochs=2, callbacks=[qat, SaveAfter(tmp_path, [step])])
+        run.fit(module, resumable(), ckpt_path=tmp_path / f"step_{step}.ckpt" if resumes else None)
+        assert isinstance(module.net, Captured)
+        assert torch.equal(module.net.get_buffer("body.1.running_mean"), torch.zeros(8))
+        states.append(module.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
 
 
 def test_a_part_that_a_hook_freezes_in_the_graph_stands_still() -> None:
