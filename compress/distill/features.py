@@ -86,7 +86,7 @@ class FeatureTaps:
             return View(call(*inputs, **named))
         if isinstance(network, Captured):
             paths = [_path(name) for name in self.names]
-            outputs, features = network.forward_with_features(list(dict.fromkeys(paths)), *inputs)
+            outputs, features = network.forward_with_features(list(dict.fromkeys(paths)), *inputs, **named)
             return View(outputs, {name: features[path] for name, path in zip(self.names, paths)})
         self._seen.clear()
         with self._hooks(network):

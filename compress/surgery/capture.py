@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from compress.errors import CaptureError
+from compress.errors import CaptureError, DataError
 from compress.measure.modes import kept_modes
 from compress.surgery.blame import layer_and_line
 from compress.surgery.devices import device_of, follow_device, move_constants
@@ -161,6 +161,7 @@ class Captured(nn.Module):
             graph_module._modules,
         )
         self._graph_module = (graph_module,)
+        self._names = [str(node.target) for node in graph_module.graph.nodes if node.op == "placeholder"]
         self._sizes = sizes_of(graph_module)
         self._tapped: tuple[tuple[tuple[str, ...], bool], GraphModule] | None = None
         self.freeze_batchnorm = False
@@ -173,13 +174,18 @@ class Captured(nn.Module):
         return self._graph_module[0]
 
     @torch.compiler.disable(recursive=False)  # the mode is written into the graph: it compiles one for each itself
-    def forward(self, *inputs: Tensor) -> Any:
+    def forward(self, /, *inputs: Tensor, **named: Tensor) -> Any:
         """Run the graph in the mode that ``training`` says.
 
+        Args:
+            inputs: Those that the network was captured with, in their order.
+            named: The rest of them, by the names that the network's ``forward`` has.
+
         Raises:
-            DataError: when a size that is not among the lengths is another one than the example's.
+            DataError: when one is missing or was not there at capture, or when a size that is not among the lengths is
+                another one than the example's.
         """
-        self._check(inputs)
+        inputs = self._arrange(inputs, named)
         modes = self.sync_mode()
         if self._compile is None and self.lighten is None:
             return self.graph_module(*inputs)
@@ -190,9 +196,19 @@ class Captured(nn.Module):
             self._derived[mode] = twin if self._compile is None else self._compile(twin)
         return self._derived[mode](*inputs)
 
-    def _check(self, inputs: Sequence[Any]) -> None:
+    def _arrange(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
+        """Return all inputs in the graph's order, checked."""
+        if named:
+            rest = self._names[len(inputs) :]
+            if set(rest) != set(named):
+                raise DataError(
+                    f"captured network: expected the inputs {', '.join(self._names)}, with which it was captured, got "
+                    f"{len(inputs)} by position and {', '.join(named)} by name. Give these and no others."
+                )
+            inputs = (*inputs, *(named[name] for name in rest))
         if self._sizes:
             check_sizes(inputs, self._sizes)
+        return inputs
 
     def _twin(self) -> GraphModule:
         """Return a graph of its own that runs in place of this one in the present mode."""
@@ -209,18 +225,21 @@ class Captured(nn.Module):
         """
         self._compile, self._derived = compile, {}
 
-    def forward_with_features(self, names: Sequence[str], *inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
+    def forward_with_features(
+        self, names: Sequence[str], /, *inputs: Tensor, **named: Tensor
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Run the graph and return its outputs and the activations of named layers.
 
         Args:
             names: Names of modules in the network that was captured.
             inputs: As for ``forward``.
+            named: As for ``forward``.
 
         Raises:
             CaptureError: when a layer has left no operator in the graph.
             DataError: as ``forward``.
         """
-        self._check(inputs)
+        inputs = self._arrange(inputs, named)
         self.sync_mode()
         key = tuple(names), self.training
         if self._tapped is None or self._tapped[0] != key:

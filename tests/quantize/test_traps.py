@@ -134,3 +134,14 @@ def test_layers_rounded_one_by_one_take_named_lengths_in_the_end() -> None:
     x = torch.randn(4, 17, 3)
     with torch.no_grad():
         assert torch.allclose(qat.converted(x), module.net.eval()(x), atol=1e-4)
+
+
+class ByName(Foreign):
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return nn.functional.cross_entropy(self.net(x=batch[0]), batch[1])
+
+
+def test_a_step_that_gives_inputs_by_name_goes_on_in_integers() -> None:
+    module = ByName(Residual())
+    trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(start=0.5, attribute="net")]).fit(module, loader())
+    assert isinstance(module.net, Captured)

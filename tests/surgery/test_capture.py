@@ -3,12 +3,14 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.errors import CaptureError
+from compress.errors import CaptureError, DataError
+from compress.quantize import prepare
 from compress.surgery import Captured, capture
 from tests.networks import Residual, images
 
@@ -125,6 +127,35 @@ def test_inputs_may_be_taken_as_a_tuple(num: int) -> None:
     captured = capture(network, [torch.randn(2, 1, 8, 8)] * num)
     x, _ = images(5)
     assert torch.allclose(captured.eval()(*[x] * num), network.eval()(*[x] * num), atol=1e-6)
+
+
+class Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, input: Tensor, mask: Tensor, *others: Tensor, flag: bool = True) -> Tensor:
+        return self.fc(input) * mask + sum(others)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_inputs_are_taken_by_the_names_that_the_network_has_for_them(quantized: bool) -> None:
+    network, x, mask = Masked().eval(), torch.randn(4, 3), torch.rand(4, 3)
+    example = [x[:2], mask[:2]]
+    graph = prepare(network, example, "int8").eval() if quantized else capture(network, example)
+    for each in (graph, copy.deepcopy(graph)):
+        whole = each(x, mask)
+        assert torch.equal(each(x, mask=mask), whole)
+        assert torch.equal(each(mask=mask, input=x), whole)
+        outputs, features = each.forward_with_features(["fc"], x, mask=mask)
+        assert torch.equal(outputs, whole)
+        assert features["fc"].shape == x.shape
+    message = r"captured network: expected (the inputs input, mask|inputs of shapes)"
+    wrong: list[tuple[tuple[Tensor, ...], dict[str, Any]]]
+    wrong = [((), {"mask": mask}), ((x, mask), {"flag": True}), ((x,), {"input": x}), ((x, mask, x), {})]
+    for given, named in wrong:
+        with pytest.raises(DataError, match=message):
+            graph(*given, **named)
 
 
 class DataDependent(nn.Module):
