@@ -34,17 +34,21 @@ def agreement(reference: np.ndarray, outputs: np.ndarray) -> Agreement:
         outputs: The same shape.
 
     Returns:
-        The distances; not-a-number anywhere gives infinite errors.
+        The distances. An infinity that stands in both, as where a mask has ruled out a class, is no error and has no
+        part in the norm; any other, and not-a-number anywhere, gives infinite errors.
 
     Example:
-        >>> agreement(np.array([[1.0, 0.0]]), np.array([[0.5, 0.0]])).relative_error
+        >>> agreement(np.array([[1.0, -np.inf]]), np.array([[0.5, -np.inf]])).relative_error
         0.5
     """
     if reference.shape != outputs.shape:
         raise ValueError(f"agreement: expected outputs of shape {reference.shape}, got {outputs.shape}. Compare alike.")
-    difference = np.abs(outputs.astype(np.float64) - reference)
+    wanted, found = reference.astype(np.float64), outputs.astype(np.float64)
+    alike = np.isinf(wanted) & (wanted == found)
+    wanted[alike] = found[alike] = 0
+    difference = np.abs(found - wanted)
     finite = bool(np.isfinite(difference).all())
-    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    norm = float(np.linalg.norm(wanted))
     return Agreement(
         max_abs_error=float(difference.max()) if finite else float("inf"),
         relative_error=float(np.linalg.norm(difference)) / max(norm, 1e-30) if finite else float("inf"),

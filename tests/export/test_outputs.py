@@ -160,6 +160,30 @@ class Record:
     logits: Tensor
 
 
+class Masked(nn.Module):
+    """Rules classes out, as the decoder of a parser does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, allowed: Tensor) -> Tensor:
+        return self.fc(x).masked_fill(~allowed, float("-inf"))
+
+
+def test_classes_that_are_ruled_out_agree(tmp_path: Path) -> None:
+    network = Masked().eval()
+    x, allowed = torch.randn(70, 4), torch.rand(70, 3) > 0.3
+    allowed[:, 0] = True
+    program = export_program(network, [x[:2], allowed[:2]])
+    given: dict[str, Any] = {"reference": network, "held_out": [x, allowed]}
+    manifest = export_artifact(program, tmp_path / "a", targets=["eager", "onnxruntime"], **given)
+    assert [target.agreement["relative_error"] < 1e-5 for target in manifest.targets.values()] == [True] * 2
+    assert convert(tmp_path / "a", ["openvino"]).targets["openvino"].agreement["relative_error"] < 1e-5
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "a", engine="openvino")(x, allowed), network(x, allowed))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -34,6 +34,25 @@ def test_what_is_not_finite_agrees_with_nothing(bad: float) -> None:
     assert math.isinf(found.max_abs_error)
 
 
+def test_the_same_infinity_in_both_is_no_error() -> None:
+    reference = np.array([[3.0, -np.inf, 4.0], [np.inf, 0.0, 0.0]])
+    found = agreement(reference, np.array([[3.0, -np.inf, 4.5], [np.inf, 0.0, 0.0]]))
+    assert (found.max_abs_error, found.relative_error, found.top1_agreement) == (0.5, 0.1, 1.0)
+    assert np.isinf(reference).sum() == 2  # the caller's array is as it was
+
+
+@pytest.mark.parametrize("other", [np.inf, np.nan, -3.4e38, 0.0])
+def test_an_infinity_against_anything_else_is_one(other: float) -> None:
+    found = agreement(np.array([[1.0, -np.inf]]), np.array([[1.0, other]]))
+    assert math.isinf(found.relative_error)
+    assert math.isinf(found.max_abs_error)
+
+
+def test_not_a_number_in_both_is_an_error() -> None:
+    values = np.array([[1.0, np.nan]])
+    assert math.isinf(agreement(values, values).relative_error)
+
+
 def test_shapes_must_be_alike() -> None:
     with pytest.raises(ValueError, match=r"expected outputs of shape \(2, 3\), got \(1, 3\)"):
         agreement(np.ones((2, 3)), np.ones((1, 3)))
