@@ -16,7 +16,8 @@ class Agreement:
     Args:
         max_abs_error: Largest absolute difference.
         relative_error: Norm of the difference over the norm of the reference.
-        top1_agreement: Fraction of samples whose largest output is the same one.
+        top1_agreement: Fraction of samples whose largest output is the same one; 1 where outputs are complex, of which
+            none is the largest.
         num_samples: How many samples were compared.
     """
 
@@ -43,7 +44,8 @@ def agreement(reference: np.ndarray, outputs: np.ndarray) -> Agreement:
     """
     if reference.shape != outputs.shape:
         raise ValueError(f"agreement: expected outputs of shape {reference.shape}, got {outputs.shape}. Compare alike.")
-    wanted, found = reference.astype(np.float64), outputs.astype(np.float64)
+    kind = np.result_type(reference, outputs, np.float64)
+    wanted, found = reference.astype(kind), outputs.astype(kind)
     alike = np.isinf(wanted) & (wanted == found)
     wanted[alike] = found[alike] = 0
     difference = np.abs(found - wanted)
@@ -52,6 +54,6 @@ def agreement(reference: np.ndarray, outputs: np.ndarray) -> Agreement:
     return Agreement(
         max_abs_error=float(difference.max()) if finite else float("inf"),
         relative_error=float(np.linalg.norm(difference)) / max(norm, 1e-30) if finite else float("inf"),
-        top1_agreement=float((reference.argmax(-1) == outputs.argmax(-1)).mean()),
+        top1_agreement=1.0 if kind.kind == "c" else float((reference.argmax(-1) == outputs.argmax(-1)).mean()),
         num_samples=len(reference),
     )

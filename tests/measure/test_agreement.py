@@ -53,6 +53,15 @@ def test_not_a_number_in_both_is_an_error() -> None:
     assert math.isinf(agreement(values, values).relative_error)
 
 
+@pytest.mark.parametrize("kind", [np.complex64, np.complex128])
+def test_imaginary_parts_count(kind: type) -> None:
+    reference: np.ndarray = np.array([[3 + 4j, 0], [0, 12j]], kind)
+    found = agreement(reference, reference.conj())
+    assert (found.max_abs_error, found.top1_agreement) == (24, 1.0)
+    assert found.relative_error == pytest.approx(np.hypot(8, 24) / 13)
+    assert agreement(reference, reference).relative_error == 0
+
+
 def test_shapes_must_be_alike() -> None:
     with pytest.raises(ValueError, match=r"expected outputs of shape \(2, 3\), got \(1, 3\)"):
         agreement(np.ones((2, 3)), np.ones((1, 3)))
