@@ -15,10 +15,11 @@ from typing import Any
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ArtifactError, ExportError, MissingPackageError
+from compress.errors import ExportError, MissingPackageError
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates, few_integers
 from compress.export.graph import input_specs, largest_batch
+from compress.export.metadata import check_names, checked_metadata
 from compress.export.options import Options, option_mistakes
 from compress.export.outputs import flattened, in_form, output_form
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
@@ -26,19 +27,8 @@ from compress.export.passes import clean_up
 from compress.export.products import products
 from compress.export.targets import IN_INTEGERS, TARGETS, Census, ExportSkippedError
 from compress.measure.machine import versions
-from compress.runtime.manifest import (
-    Manifest,
-    Target,
-    TensorSpec,
-    check_text,
-    manifest_text,
-    preprocesses_text,
-    read_manifest,
-    sha256,
-)
-from compress.runtime.text import make_encoder
+from compress.runtime.manifest import Manifest, Target, manifest_text, parse_manifest, sha256
 from compress.runtime.trust import sign
-from compress.runtime.values import check_labels, check_scaling
 from compress.surgery.lengths import lengths_of
 
 __all__ = ["export_artifact"]
@@ -70,7 +60,7 @@ def export_artifact(
         held_out: Inputs that were not trained on, shape (N, ...) each.
         scheme: The quantization scheme, when the program is quantised.
         gates: What each target must pass.
-        metadata: ``name, task, labels, preprocessing, metrics, history`` for the manifest.
+        metadata: ``name, task, labels, preprocessing, metrics, history`` for the manifest, or some of them.
         options: What targets are told, by name, as ``{"aoti": {"max_autotune": True}}``.
         files: Texts of the files that preprocessing names, by the name that each gets in the artefact.
         progress: Whether to show a progress bar.
@@ -79,9 +69,10 @@ def export_artifact(
         The manifest as written.
 
     Raises:
-        ExportError: when a target or an option is unknown, the network gives anything but tensors with a row for each
-            sample, a target fails a gate, none can be built, or none computes in integers as the gates ask; nothing is
-            left behind. One that alone computes in floats is left out.
+        ExportError: when a target or an option is unknown, no manifest holds the metadata, a file cannot have its name,
+            the network gives anything but tensors with a row for each sample, a target fails a gate, none can be built,
+            or none computes in integers as the gates ask; nothing is left behind. One that alone computes in floats is
+            left out.
     """
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
@@ -94,21 +85,22 @@ def export_artifact(
     inputs = input_specs(program)
     form = output_form(program)
     check_inputs(inputs, held_out)
-    _check_preprocessing((metadata or {}).get("preprocessing") or {}, inputs, files or {})
+    files = files or {}
+    check_names(list(files))
+    metadata = checked_metadata(metadata or {}, inputs, form, files)
     reference = in_form(reference, form)
     wanted = reference_outputs(reference, held_out)
-    _check_labels((metadata or {}).get("labels"), form.scores.shape)
     program, cleanup = clean_up(flattened(program))
     others = other_sizes(reference, held_out, lengths_of(program))
     job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others, options=options or {})
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
-        for name, text in (files or {}).items():
+        for name, text in files.items():
             (temporary / name).write_bytes(text.encode())
         built, skipped = _build_all(targets, job, temporary, progress=progress)
         manifest = Manifest(
-            **{"name": directory.name, "task": "unknown", **(metadata or {})},
+            **{"name": directory.name, "task": "unknown", **metadata},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             inputs=inputs,
             outputs=form.specs,
@@ -122,41 +114,17 @@ def export_artifact(
             products=[asdict(product) for product in job.work],
             agreement=asdict(compare(program, wanted, held_out)),
             gates=asdict(gates),
-            files={name: sha256(temporary / name) for name in files or {}},
+            files={name: sha256(temporary / name) for name in files},
         )
-        (temporary / "manifest.json").write_text(manifest_text(manifest))
+        content = manifest_text(manifest).encode()
+        manifest = parse_manifest(content, directory)  # what cannot be read back does not take its place
+        (temporary / "manifest.json").write_bytes(content)
         sign(temporary)
         temporary.chmod(0o755)
         os.replace(temporary, directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return read_manifest(directory)
-
-
-def _check_labels(labels: Sequence[str] | None, shape: Sequence[int | None]) -> None:
-    try:
-        check_labels(labels, shape)
-    except ValueError as error:
-        raise ExportError(f"labels: expected a name for each class, got {error}. Name all, or none.") from error
-
-
-def _check_preprocessing(steps: Mapping[str, Any], inputs: Sequence[TensorSpec], files: Mapping[str, str]) -> None:
-    outside = [name for name in files if Path(name).name != name]
-    if outside:
-        raise ExportError(f"files: expected names within the artefact, got {', '.join(outside)}. Leave out folders.")
-    if not steps:
-        return
-    try:
-        if preprocesses_text(steps):
-            check_text(steps, inputs, files)
-            make_encoder(files[steps["tokenizer"]], steps)([""])
-        else:
-            check_scaling(steps, inputs[0].shape)
-    except (ArtifactError, KeyError, TypeError, ValueError) as error:
-        raise ExportError(
-            f"preprocessing: expected what turns {'texts' if preprocesses_text(steps) else 'stored values'} into the "
-            f"network's inputs, got {type(error).__name__}: {error}. See compress.data.Tokenizer or Digits."
-        ) from error
+    return manifest
 
 
 def _build_all(

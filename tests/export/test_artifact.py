@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -243,6 +244,41 @@ def test_labels_for_some_classes_alone_are_refused(tmp_path: Path) -> None:
             held_out=[inputs],
             metadata={"labels": ["left", "right"]},
         )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metadata": {"labels": [0, 1, 2]}}, r"metadata: expected .*, got labels are not all of type str\. Change it"),
+        ({"metadata": {"task": None}}, "got task is of type NoneType"),
+        ({"metadata": {"history": [{"step": 1}]}}, "got 'kind'"),
+        ({"metadata": {"metrics": {"accuracy": torch.ones(2)}}}, "got Tensor is not one of JSON's kinds"),
+        ({"metadata": {"created": "today"}}, "metadata: expected keys among name, task, .*, got created"),
+        ({"files": {"": "text"}}, "files: expected names within the artefact, got ''"),
+        ({"files": {"..": "text"}}, r"names within the artefact, got '\.\.'"),
+        ({"files": {"a\\b": "text"}}, "names within the artefact"),
+        (
+            {"files": {"manifest.json": "{}", "words.json": "{}"}},
+            r"that the artefact does not use, got manifest\.json\.",
+        ),
+        ({"files": {"Signature.json": "{}"}}, r"got Signature\.json"),
+        ({"files": {"model.bin": "{}"}}, r"got model\.bin"),
+    ],
+)
+def test_what_no_manifest_holds_is_refused_before_anything_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(eager, "build", lambda *given: pytest.fail("something was built"))
+    with pytest.raises(ExportError, match=message):
+        export(tmp_path / "a", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_numbers_of_metadata_may_be_those_of_a_library(tmp_path: Path) -> None:
+    metrics = {"accuracy": np.float32(0.5), "loss": torch.tensor(2.0), "num": np.int64(3)}
+    manifest = export(tmp_path / "a", metadata={"metrics": metrics, "labels": ("a", "b", "c")})
+    assert manifest.metrics == {"accuracy": 0.5, "loss": 2.0, "num": 3}
+    assert manifest == read_manifest(tmp_path / "a")
 
 
 def test_the_manifest_is_plain_json_without_paths_of_this_machine() -> None:
