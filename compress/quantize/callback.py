@@ -187,7 +187,11 @@ class QuantizationAwareTraining(ModelEditor):
             check_precision(self.network(pl_module), self.attribute, str(trainer.precision))
         if stage == "fit" and self.start == 1:
             callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            places = [place for place, callback in enumerate(callbacks) if isinstance(callback, _AVERAGES)]
+            places = [
+                place
+                for place, callback in enumerate(callbacks)
+                if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
+            ]
             last = max([callbacks.index(self), *places])
             # A new list: Lightning is on its way through the other.
             trainer.callbacks = [  # type: ignore[attr-defined]
@@ -342,9 +346,6 @@ class QuantizationAwareTraining(ModelEditor):
             rank_zero_info("quantize.improve: " + ", ".join(f"{name} {num}" for name, num in improved.items()))
             share(trainer, dict(network.named_parameters()))
         share_ranges(trainer, network)
-
-
-_AVERAGES = (WeightAveraging, StochasticWeightAveraging)
 
 
 def _is_quantized(pl_module: pl.LightningModule) -> bool:
