@@ -9,7 +9,6 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -24,7 +23,7 @@ from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
 from compress.quantize.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
-from compress.surgery.averages import find_averages
+from compress.surgery.averages import after_averages, find_averages
 from compress.surgery.editor import example_inputs, progress
 from compress.surgery.lengths import Length, read_lengths, write_lengths
 from compress.surgery.modes import modules_at_rest
@@ -186,19 +185,7 @@ class QuantizationAwareTraining(ModelEditor):
         if stage == "fit":
             check_precision(self.network(pl_module), self.attribute, str(trainer.precision))
         if stage == "fit" and self.start == 1:
-            callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-            places = [
-                place
-                for place, callback in enumerate(callbacks)
-                if isinstance(callback, WeightAveraging | StochasticWeightAveraging)
-            ]
-            last = max([callbacks.index(self), *places])
-            # A new list: Lightning is on its way through the other.
-            trainer.callbacks = [  # type: ignore[attr-defined]
-                *(callback for callback in callbacks[: last + 1] if callback is not self),
-                self,
-                *callbacks[last + 1 :],
-            ]
+            trainer.callbacks = after_averages(self, trainer.callbacks)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a network in evaluation, where ranges would never be learned.

@@ -8,12 +8,13 @@ who holds them; after an edit each is the edited network with the average's own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
@@ -21,7 +22,7 @@ from compress.errors import EditError
 from compress.surgery.compiled import original, successor
 from compress.surgery.slicing import Slices, slice_tensor
 
-__all__ = ["Average", "find_averages"]
+__all__ = ["Average", "after_averages", "find_averages"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,24 @@ def find_averages(trainer: pl.Trainer, pl_module: pl.LightningModule, attribute:
             elif averaged is not None and _layout(original(twin)) == _layout(network):
                 found.append(Average(averaged, "module", None, averaged))
     return [*found, *_inside(pl_module, network)]
+
+
+def after_averages(callback: pl.Callback, callbacks: Sequence[pl.Callback]) -> list[pl.Callback]:
+    """Return callbacks in an order in which one comes after the averages that end a fit.
+
+    It is a new list: Lightning may be on its way through the other.
+
+    Args:
+        callback: One of ``callbacks``.
+        callbacks: The Trainer's.
+    """
+    last = max(
+        place
+        for place, other in enumerate(callbacks)
+        if other is callback or isinstance(other, WeightAveraging | StochasticWeightAveraging)
+    )
+    before = [other for other in callbacks[: last + 1] if other is not callback]
+    return [*before, callback, *callbacks[last + 1 :]]
 
 
 def _inside(pl_module: pl.LightningModule, network: nn.Module) -> Iterator[Average]:
