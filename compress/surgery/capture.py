@@ -303,6 +303,14 @@ class Captured(nn.Module):
     def _learning(self) -> bool:
         return self.training and not self.freeze_batchnorm
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled: a graph cannot be, and would say so by a RecursionError or of some local object."""
+        raise CaptureError(
+            "captured network: expected to be saved by its state_dict, got pickled as a whole. Save its state_dict() "
+            "with the history of edits that made it (compress.surgery.save_snapshot), or the program that "
+            "export_program gives."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Captured:
         twin = Captured(copy.deepcopy(self.graph_module, memo), frozen=self.frozen, lighten=self.lighten)
         twin.training, twin.freeze_batchnorm = self.training, self.freeze_batchnorm

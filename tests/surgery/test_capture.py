@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,11 @@ def test_dropout_between_recurrent_layers_follows_the_mode() -> None:
     graph = capture(Recurrent(), [x]).train()
     assert not torch.equal(graph(x), graph(x))
     assert torch.equal(graph.eval()(x), graph(x))
+
+
+def test_a_graph_is_not_pickled_as_a_whole(tmp_path: Path) -> None:
+    whole = nn.ModuleDict({"net": capture(nn.Linear(3, 2), [torch.ones(2, 3)])})
+    for save in pickle.dumps, lambda module: torch.save(module, tmp_path / "whole.pt"):
+        with pytest.raises(CaptureError, match=r"got pickled as a whole\. Save its state_dict\(\)"):
+            save(whole)
+    assert torch.equal(copy.deepcopy(whole)["net"](torch.ones(4, 3)), whole["net"](torch.ones(4, 3)))
