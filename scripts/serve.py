@@ -12,9 +12,15 @@ gets status 413: it is read where /health is answered, too. An artefact whose ou
 """
 
 import argparse
+import atexit
 import functools
 import math
+import multiprocessing
 import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +49,7 @@ Prediction = tuple[Any, np.ndarray] | Exception
 _SERVED = "COMPRESS_SERVED"
 _VALUE_BYTES = 32  # of a float64 as JSON writes it, with a comma and a blank or two
 _LEAST_BYTES = 1_000_000  # of the longest body, however small the input: it takes some hundredths of a second
+_PATIENCE = 5  # seconds, after which a process that was told to stop is ended
 _OF_TYPICAL = 16  # a size without a limit of its own may be this much beyond the typical one
 
 
@@ -101,7 +108,9 @@ class Served(litserve.LitAPI):
         self.path, self.engine, self.trust, self.threads = path, engine, trust, threads
 
     def setup(self, device: str) -> None:
-        """Load the artefact in the process that runs it."""
+        """Load the artefact in the process that runs it, which ends as others do when it is told to stop."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        atexit.register(vars(self).pop, "model", None)  # a package that was unpacked is removed with its model
         self.model = compress.load(self.path, engine=self.engine, num_threads=self.threads, trust=self.trust)
 
     def decode_request(self, request: Query) -> Sample:
@@ -184,7 +193,39 @@ def main() -> None:
         max_payload_size=int(options.max_body_mb * 1e6) if options.max_body_mb else longest_body(manifest),
     )
     server.app.add_exception_handler(RequestValidationError, refuse)
-    server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
+    with stops():
+        server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
+
+
+@contextmanager
+def stops() -> Iterator[None]:
+    """Let SIGTERM do what Ctrl+C does, and leave no process behind that this one has started.
+
+    LitServe sees to no signal: by its default the children would go on, and keep the port; the first process of a
+    container has no default at all.
+    """
+    ours = os.getpid()
+
+    def stop(*_: object) -> None:
+        # Once is enough, in a process that is on its way out; what was forked stops as if this were not here.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if os.getpid() == ours else signal.SIG_DFL)
+        if os.getpid() == ours:
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass  # before LitServe sees to it: while engines are loaded
+    finally:
+        # LitServe's manager ends with this process, and tidies up.
+        children = [child for child in multiprocessing.active_children() if "Manager" not in child.name]
+        for child in children:
+            child.terminate()
+        for child in children:
+            child.join(_PATIENCE)
+            child.kill()
 
 
 def longest_body(manifest: Manifest) -> int:

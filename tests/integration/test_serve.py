@@ -30,7 +30,7 @@ from compress.runtime import load
 from compress.runtime.manifest import Manifest, Range, TensorSpec
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length
-from tests.export.programs import artifact, edit, reviews
+from tests.export.programs import HERE, artifact, edit, reviews
 
 pytest.importorskip("litserve", reason="serving needs the extra 'serve'")
 
@@ -45,6 +45,14 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @contextmanager
 def served(path: Path, folder: Path, *options: str) -> Iterator[int]:
+    with serving(path, folder, *options) as (_, number):
+        yield number
+
+
+@contextmanager
+def serving(
+    path: Path, folder: Path, *options: str, until: str = "up"
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
@@ -53,6 +61,7 @@ def served(path: Path, folder: Path, *options: str) -> Iterator[int]:
         **os.environ,
         "COMPRESS_CACHE": str(folder / "cache"),
         "PYTHONPATH": str(ROOT),
+        "TMPDIR": str(folder),
     }
     log = folder / "log"
     with log.open("w") as file:
@@ -64,8 +73,11 @@ def served(path: Path, folder: Path, *options: str) -> Iterator[int]:
             start_new_session=True,
         )
         try:
-            _wait(process, number, log)
-            yield number
+            if until == "up":
+                _wait(process, number, log)
+            else:
+                _wait_for_children(process)
+            yield process, number
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
@@ -97,6 +109,24 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
             pass
         time.sleep(0.3)
     pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
+
+
+def _wait_for_children(process: subprocess.Popen[bytes]) -> None:
+    end = time.monotonic() + 60
+    while len(group(process.pid)) < 3:  # itself, the manager, the worker
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def group(leader: int) -> list[int]:
+    """Return the living processes of a group."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            state, _, number = entry.read_text().rpartition(")")[2].split()[:3]
+            if int(number) == leader and state != "Z":
+                found.append(int(entry.parent.name))
+    return found
 
 
 def samples(num: int) -> np.ndarray:
@@ -229,6 +259,24 @@ def test_workers_share_the_cores_and_the_longest_body_can_be_set(tmp_path: Path)
     serve.compress = SimpleNamespace(load=lambda path, **more: asked.update(more))
     api.setup("cpu")
     assert asked == {"engine": "e", "num_threads": 3, "trust": False}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+@pytest.mark.parametrize(("engine", "until"), [("onnxruntime", "up"), ("aoti", "up"), ("onnxruntime", "starting")])
+def test_a_server_that_is_told_to_stop_leaves_nothing_behind(engine: str, until: str, tmp_path: Path) -> None:
+    if engine not in HERE:
+        pytest.skip(f"{engine} is not here")
+    with serving(artifact(), tmp_path, "--engine", engine, until=until) as (process, number):
+        os.kill(process.pid, signal.SIGTERM)  # it alone, as a supervisor does
+        assert process.wait(30) == 0
+        end = time.monotonic() + 5  # what watches over semaphores ends when nobody is left
+        while (left := group(process.pid)) and time.monotonic() < end:
+            time.sleep(0.1)
+        assert not left
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", number))
+    assert not [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "log", ".ses")]  # ONNX Runtime's
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def test_other_paths_and_methods(port: int) -> None:
