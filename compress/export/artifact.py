@@ -151,7 +151,10 @@ def _build_all(
     for reason in skipped.values():
         warnings.warn(f"{reason} Going on with the other targets.", stacklevel=4)
     if failed := [reason for each in reasons.values() for reason in each]:
-        failed.append("Nothing was written. Train longer, loosen the gate, or leave the target out of export.targets.")
+        failed.append(
+            "Nothing was written. Train longer, loosen the gate that is named, or leave the target out of "
+            "export.targets."
+        )
         raise ExportError("\n".join(failed))
     if not built:
         reason = "; ".join(skipped.values()) or "no targets"

@@ -20,6 +20,7 @@ from compress.export.gates import Gates, failures
 from compress.export.options import Options
 from compress.export.outputs import Outputs
 from compress.export.parity import Parity, Sample, check_parity
+from compress.export.precision import has_halves
 from compress.export.products import Product
 from compress.export.targets import TARGETS, WITH_LENGTHS
 from compress.runtime.engines import make_engine
@@ -116,7 +117,7 @@ def build_target(engine: str, job: Job, folder: Path) -> tuple[Target, list[str]
         parts={part.name: sha256(part) for part in parts},
         options=dict(options),
     )
-    exact = getattr(target, "EXACT", True)
+    exact = getattr(target, "EXACT", True) and not has_halves(job.program)
     return entry, list(failures(engine, job.gates, census, parity, quantized=job.quantized, exact=exact))
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "LARGEST_NARROW",
     "drop_assertions",
     "drop_traces",
+    "dtype_name",
     "flatten_attention",
     "flatten_strided",
     "has_narrow_weights",
@@ -42,7 +43,8 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
     """Return name, dtype and shape of a program's inputs; dynamic dimensions are ``None``, with the range of each.
 
     Raises:
-        ExportError: when the batch dimension of an input is fixed, or an input is not laid out contiguously.
+        ExportError: when the batch dimension of an input is fixed, its dtype is none of numpy's, or it is not laid out
+            contiguously.
     """
     specs: list[TensorSpec] = []
     examples, _ = program.example_inputs
@@ -64,8 +66,29 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
             for number, length in enumerate(lengths)
             if index in length.places(examples)
         }
-        specs.append(TensorSpec(node.name, str(value.dtype).removeprefix("torch."), shape, ranges))
+        specs.append(TensorSpec(node.name, dtype_name(node.name, value), shape, ranges))
     return tuple(specs)
+
+
+def dtype_name(name: str, value: torch.Tensor) -> str:
+    """Return the name of a dtype, which is numpy's, too.
+
+    Args:
+        name: Of the input or output, for messages.
+        value: Of it.
+
+    Raises:
+        ExportError: when numpy has no such dtype, as bfloat16: no artefact could say it.
+    """
+    dtype = str(value.dtype).removeprefix("torch.")
+    try:
+        torch.empty(0, dtype=value.dtype).numpy()
+    except TypeError as error:
+        raise ExportError(
+            f"{name}: expected a dtype that numpy has, got {dtype}. Cast at the ends of forward, so that it takes and "
+            "gives float32."
+        ) from error
+    return dtype
 
 
 def _range(length: Length, number: int, example: torch.Size) -> Range:

@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from compress.errors import ExportError
-from compress.export.graph import rewritten
+from compress.export.graph import dtype_name, rewritten
 from compress.runtime.manifest import TensorSpec
 from compress.runtime.outputs import arranger
 from compress.runtime.values import class_output
@@ -101,7 +101,8 @@ def output_form(program: ExportedProgram) -> Form:
     """Return structure, names, dtypes and shapes of a program's outputs; what varies of these is ``None``.
 
     Raises:
-        ExportError: when they are more than a tuple or dict of tensors, or one has no row for each sample.
+        ExportError: when they are more than a tuple or dict of tensors, or one has no row for each sample or a dtype
+            that numpy does not have.
     """
     given = _given(program)
     batch = next(value.shape[0] for _, value in user_inputs(program))
@@ -167,7 +168,7 @@ def _spec(name: str, value: Tensor, batch: Any) -> TensorSpec:
             "returns, or give it the batch as its first dimension."
         )
     shape = tuple(size if isinstance(size, int) else None for size in value.shape)
-    return TensorSpec(name, str(value.dtype).removeprefix("torch."), shape)
+    return TensorSpec(name, dtype_name(name, value), shape)
 
 
 def _is_batch(size: Any, batch: Any) -> bool:

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from compress.errors import CaptureError, ExportSkippedError
 from compress.export.graph import rewritten
 
-__all__ = ["in_precision"]
+__all__ = ["has_halves", "in_precision"]
 
 
 def in_precision(program: ExportedProgram, dtype: torch.dtype) -> ExportedProgram:
@@ -47,6 +47,18 @@ def in_precision(program: ExportedProgram, dtype: torch.dtype) -> ExportedProgra
             f"{str(dtype).removeprefix('torch.')}: expected a network that can be computed in it, got one that cannot: "
             f"{error} Leave out the target."
         ) from error
+
+
+def has_halves(program: ExportedProgram) -> bool:
+    """Say whether a program computes anything in half precision or less: engines then agree to so many digits only.
+
+    Example:
+        >>> has_halves(torch.export.export(nn.Linear(2, 2).bfloat16(), (torch.ones(3, 2).bfloat16(),)))
+        True
+    """
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    values = [node.meta.get("val") for graph in graphs for node in graph.nodes]
+    return any(isinstance(value, torch.Tensor) and value.is_floating_point() and value.itemsize < 4 for value in values)
 
 
 def _halve(graph_module: GraphModule, dtype: torch.dtype) -> int:

@@ -34,7 +34,14 @@ def test_a_batch_of_one_is_judged_by_itself() -> None:
 
 
 def test_floats_must_agree_tightly() -> None:
-    assert "0.0001" in reasons(GOOD, EXACT, quantized=False)
+    message = reasons(GOOD, EXACT, quantized=False)
+    assert "at most 0.0001 (in float32 whatever export.max_relative_error allows), got 0.01" in message
+
+
+def test_the_limit_that_is_named_is_the_one_that_applies() -> None:
+    (message,) = failures("eager", Gates(1e-6), None, Parity(EXACT, Agreement(0, 0, 1, 9)), quantized=False)
+    assert "at most 1e-06 (export.max_relative_error), got" in message
+    assert not list(failures("eager", Gates(), None, Parity(GOOD, GOOD), quantized=False, exact=False))
 
 
 def test_not_a_number_fails() -> None:

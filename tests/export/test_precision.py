@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compress.export import ExportSkippedError
+from compress.errors import ExportError
+from compress.export import ExportSkippedError, Gates, export_artifact
+from compress.export.gates import FLOAT_TOLERANCE
 from compress.export.passes import clean_up
 from compress.export.precision import in_precision
 from compress.surgery.capture import export_program
@@ -120,3 +125,34 @@ def test_floats_that_operators_begin_are_halved(dtype: torch.dtype) -> None:
 def test_a_quantized_program_is_skipped() -> None:
     with pytest.raises(ExportSkippedError, match="bfloat16: expected a network in floats, got a quantised one"):
         in_precision(quantized().program, torch.bfloat16)
+
+
+class Halved(nn.Module):
+    """A network whose weights are in half precision, with ends in any."""
+
+    def __init__(self, inside: torch.dtype, outside: torch.dtype) -> None:
+        super().__init__()
+        self.fc, self.outside = nn.Linear(64, 4, dtype=inside), outside
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x.to(self.fc.weight.dtype)).to(self.outside)
+
+
+def test_networks_of_half_precision_pass_by_the_limit_of_gates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network, x = Halved(torch.bfloat16, torch.float32).eval(), torch.randn(70, 64)
+    program = export_program(network, [x[:2]])
+    given: dict[str, Any] = {"targets": ["openvino"], "reference": network, "held_out": [x]}
+    error = export_artifact(program, tmp_path / "a", **given).targets["openvino"].agreement["relative_error"]
+    assert FLOAT_TOLERANCE < error < 0.01  # sums in float32, where the network rounds each
+    with pytest.raises(ExportError, match=r"at most 0\.0002 \(export\.max_relative_error\), got"):
+        export_artifact(program, tmp_path / "b", gates=Gates(max_relative_error=2e-4), **given)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_ends_that_numpy_does_not_have_are_refused_by_name(tmp_path: Path, dtypes: tuple[torch.dtype, ...]) -> None:
+    network, x = Halved(torch.float32, dtypes[1]).eval(), torch.randn(4, 64).to(dtypes[0])
+    name = "x" if dtypes[0] == torch.bfloat16 else "output"
+    program = export_program(network, [x])
+    with pytest.raises(ExportError, match=rf"{name}: expected a dtype that numpy has, got bfloat16\. Cast at the ends"):
+        export_artifact(program, tmp_path / "a", targets=["eager"], reference=network, held_out=[x])
