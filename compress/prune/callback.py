@@ -23,7 +23,8 @@ from compress.prune.recalibrate import recalibrate
 from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
 from compress.prune.schedules import Timetable, timetable
 from compress.surgery import Edit, History, ModelEditor, history_of
-from compress.surgery.editor import example_inputs, progress
+from compress.surgery.editor import example_inputs, progress, whole_inputs
+from compress.surgery.samples import blaming_samples
 from compress.surgery.timeline import length
 
 __all__ = ["StructuredPruning"]
@@ -253,10 +254,11 @@ class StructuredPruning(ModelEditor):
         """Remove the blocks that are due, and plan which units are to go; the same on every rank."""
         inputs, past = example_inputs(pl_module, batch), history_of(pl_module)
         past.check(self.kind)
-        if self.wishes.depth:
+        with blaming_samples(whole_inputs(pl_module, batch)):
+            if self.wishes.depth:
+                seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
+                self.edit(trainer, pl_module, lambda: self._made(choose_blocks(seen, self.wishes, fraction, past)))
             seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
-            self.edit(trainer, pl_module, lambda: self._made(choose_blocks(seen, self.wishes, fraction, past)))
-        seen = self._witness.observe(self._study(pl_module, inputs), _mean(trainer))
         planned = choose_units(seen, self.wishes, fraction, past) if trainer.is_global_zero else None
         planned, curves = trainer.strategy.broadcast((planned, seen.curves), src=0)
         self._witness.keep_curves(curves)

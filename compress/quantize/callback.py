@@ -24,9 +24,10 @@ from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, exam
 from compress.quantize.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import after_averages, find_averages
-from compress.surgery.editor import example_inputs, progress
+from compress.surgery.editor import example_inputs, progress, whole_inputs
 from compress.surgery.lengths import Length, read_lengths, write_lengths
 from compress.surgery.modes import modules_at_rest
+from compress.surgery.samples import blaming_samples
 from compress.surgery.slicing import shapes_of
 
 __all__ = ["QuantizationAwareTraining"]
@@ -283,7 +284,8 @@ class QuantizationAwareTraining(ModelEditor):
             self._first = trainer, batch[0]
         try:
             inputs = example_inputs(pl_module, batch)
-            self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs))
+            with blaming_samples(whole_inputs(pl_module, batch)):
+                self.edit(trainer, pl_module, lambda: self._plan(self.network(pl_module), inputs))
         finally:
             self._first = self._tried = None
 

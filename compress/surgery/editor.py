@@ -20,7 +20,7 @@ from compress.surgery.relink import check_strategy, relink_trainer
 from compress.surgery.slicing import Slices, apply_slices
 from compress.surgery.timeline import progress
 
-__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "inputs_of", "progress"]
+__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "inputs_of", "progress", "whole_inputs"]
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +44,21 @@ def example_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, .
     Raises:
         EditError: when neither gives a tensor.
     """
-    example = pl_module.example_input_array
-    hint = "Set example_input_array on the LightningModule."
-    tensors = inputs_of(batch if example is None else [example], otherwise=hint)
+    tensors = whole_inputs(pl_module, batch)
     # A batch of one is doubled: torch.export takes a size of 1 for a constant.
     pairs = [tensor[:2] if len(tensor) > 1 else tensor.expand(2, *tensor.shape[1:]) for tensor in tensors]
     return tuple(tensor.detach().to(pl_module.device) for tensor in pairs)
+
+
+def whole_inputs(pl_module: pl.LightningModule, batch: Any) -> tuple[Tensor, ...]:
+    """Return the inputs of which ``example_inputs`` takes two samples each.
+
+    Raises:
+        EditError: when neither ``example_input_array`` nor the first element of the batch gives a tensor.
+    """
+    example = pl_module.example_input_array
+    hint = "Set example_input_array on the LightningModule."
+    return inputs_of(batch if example is None else [example], otherwise=hint)
 
 
 def inputs_of(batch: Any, *, otherwise: str) -> tuple[Tensor, ...]:

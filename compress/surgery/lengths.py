@@ -12,6 +12,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError, DataError
+from compress.surgery.samples import check_samples
 
 __all__ = [
     "LARGEST_BATCH",
@@ -76,8 +77,9 @@ def dynamic_shapes(
     """Return what ``torch.export`` is told of each input: the batch and the lengths that it has.
 
     Raises:
-        CaptureError: when an example does not have a length, or has it out of its range.
+        CaptureError: when an example does not have a length, or has it out of its range, or the batch differs.
     """
+    check_samples(inputs)
     batch = Dim("batch", min=1, max=largest_batch)
     shapes: list[dict[int, Any]] = [{0: batch} for _ in inputs]
     for number, length in enumerate(lengths):
