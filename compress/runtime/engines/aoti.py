@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import MissingPackageError
+from compress.runtime.engines.aliases import owned
 
 __all__ = ["PACKAGES", "AOTIEngine", "make"]
 
@@ -39,7 +40,8 @@ class AOTIEngine:
         """Return the outputs of a batch of tensors."""
         # Compiled code takes the strides of capture for granted, those of dimensions of size one as well, which
         # contiguous() leaves as they are: hence through a flat view.
-        return self._loader.boxed_run([tensor.detach().reshape(-1).view(tensor.shape) for tensor in inputs])
+        given = [tensor.detach().reshape(-1).view(tensor.shape) for tensor in inputs]
+        return owned(self._loader.boxed_run(list(given)), given)  # constants it copies by itself
 
 
 def make(path: Path, num_threads: int | None) -> AOTIEngine:

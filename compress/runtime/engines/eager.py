@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import MissingPackageError
+from compress.runtime.engines.aliases import attribute, constants_of, owned
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -31,6 +32,7 @@ class EagerEngine:
 
         self._torch = torch
         self._program = fold_constants(torch.export.load(path).module(check_guards=False))
+        self._constants = constants_of(self._program)
 
     @property
     def threads(self) -> int:
@@ -41,7 +43,7 @@ class EagerEngine:
         """Return the outputs of a batch of tensors."""
         with self._torch.no_grad():
             outputs = self._program(*inputs)
-        return [outputs] if self._torch.is_tensor(outputs) else list(outputs)
+            return owned([outputs] if self._torch.is_tensor(outputs) else outputs, inputs, self._constants)
 
 
 def fold_constants(graph_module: GraphModule) -> GraphModule:
@@ -60,7 +62,7 @@ def fold_constants(graph_module: GraphModule) -> GraphModule:
     with torch.no_grad():
         for node in graph.nodes:
             if node.op == "get_attr":
-                known[node] = _attribute(graph_module, node.target)
+                known[node] = attribute(graph_module, str(node.target))
             elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)
@@ -84,10 +86,3 @@ def make(path: Path, num_threads: int | None) -> EagerEngine:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return EagerEngine(path)
-
-
-def _attribute(graph_module: GraphModule, name: Any) -> Any:
-    value: Any = graph_module
-    for part in str(name).split("."):
-        value = getattr(value, part)
-    return value

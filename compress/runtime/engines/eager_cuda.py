@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import MissingPackageError
+from compress.runtime.engines.aliases import constants_of
 from compress.runtime.engines.eager import fold_constants
 from compress.runtime.engines.on_cuda import OnCUDA
 
@@ -38,7 +39,7 @@ def make(path: Path, num_threads: int | None) -> OnCUDA:
         outputs = module(*inputs)
         return [outputs] if torch.is_tensor(outputs) else list(outputs)
 
-    return OnCUDA(run, fills=not mixes_samples(module))
+    return OnCUDA(run, fills=not mixes_samples(module), constants=constants_of(module))
 
 
 def put_channels_last(graph_module: GraphModule) -> GraphModule:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import EngineError, MissingPackageError
+from compress.runtime.engines.aliases import owned, storages
 from compress.runtime.engines.on_cuda import OnCUDA
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def load_artifact(path: Path, device: str) -> Callable[[Sequence[Tensor]], list[
         file.write_bytes(content["compiled"].numpy().tobytes())
         compiled: Any = torch._inductor.CompiledArtifact.load(path=str(file), format="binary")
 
+    constants = storages(values)
     most = content["largest_batch"]  # its kernels would count further than they can
 
     def run(inputs: Sequence[Tensor]) -> list[Tensor]:
         num = len(inputs[0])
         if num <= most:
-            return list(compiled(*values, *inputs))
+            return owned(compiled(*values, *inputs), inputs, constants)
         parts = [run([value[start : start + most] for value in inputs]) for start in range(0, num, most)]
         return [torch.cat(outputs) for outputs in zip(*parts)]
 

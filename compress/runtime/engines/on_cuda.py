@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+from compress.runtime.engines.aliases import owned
 
 if TYPE_CHECKING:
     import torch
@@ -44,11 +46,14 @@ class OnCUDA:
     Args:
         run: From a list of tensors on the GPU, contiguous, to a list of outputs there; a row for each sample.
         fills: Whether a batch may be filled up with other samples; without, each size has a graph of its own.
+        constants: Where the memory starts of what outputs may be views of, from ``storages``.
     """
 
     takes = "cuda"
 
-    def __init__(self, run: Callable[[list[Any]], Sequence[Any]], *, fills: bool = True) -> None:
+    def __init__(
+        self, run: Callable[[list[Any]], Sequence[Any]], *, fills: bool = True, constants: Collection[int] = ()
+    ) -> None:
         import torch
 
         self._torch = torch
@@ -57,6 +62,7 @@ class OnCUDA:
         self._stream = torch.cuda.Stream(self._device)
         self._graphs: dict[tuple[tuple[int, ...], ...], _Graph] = {}
         self._fills = fills
+        self._constants = constants
         self._captures = True
         self._pool: Any = None
         self._lock = Lock()
@@ -96,7 +102,8 @@ class OnCUDA:
             bucket = num
         graph = self._graph(inputs, bucket) if bucket else None
         if graph is None:
-            return list(self._exactly([value.detach().to(self._device, non_blocking=True) for value in inputs]))
+            given = [value.detach().to(self._device, non_blocking=True) for value in inputs]
+            return owned(self._exactly(given), given, self._constants)
         waits = inputs[0].device.type == "cpu"  # the host, for the outputs, and with them for these copies
         for place, pinned, value in zip(graph.inputs, graph.pinned, inputs):
             source = pinned[:num].copy_(value) if waits and not value.is_cuda else value
