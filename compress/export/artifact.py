@@ -25,6 +25,7 @@ from compress.export.outputs import flattened, in_form, output_form
 from compress.export.parity import check_inputs, compare, other_sizes, reference_outputs
 from compress.export.passes import clean_up
 from compress.export.products import products
+from compress.export.refused import check_operators
 from compress.export.targets import IN_INTEGERS, TARGETS, Census, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.manifest import Manifest, Target, manifest_text, parse_manifest, sha256
@@ -70,9 +71,9 @@ def export_artifact(
 
     Raises:
         ExportError: when a target or an option is unknown, no manifest holds the metadata, a file cannot have its name,
-            the network gives anything but tensors with a row for each sample, a target fails a gate, none can be built,
-            or none computes in integers as the gates ask; nothing is left behind. One that alone computes in floats is
-            left out.
+            the network draws random numbers or gives anything but tensors with a row for each sample, a target fails a
+            gate, none can be built, or none computes in integers as the gates ask; nothing is left behind. One that
+            alone computes in floats is left out.
     """
     directory, gates = Path(directory), gates or Gates()
     if directory.exists():
@@ -82,6 +83,7 @@ def export_artifact(
         raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
     if mistakes := list(option_mistakes(options or {}, targets)):
         raise ExportError("\n".join(mistakes))
+    check_operators(program)
     inputs = input_specs(program)
     form = output_form(program)
     check_inputs(inputs, held_out)
