@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from compress.errors import ExportError, ExportSkippedError, first_line
+from compress.export.graph import dtype_name
 from compress.export.outputs import Outputs, first_rows, named, structure_of
 from compress.measure.agreement import Agreement, agreement
 from compress.runtime.engines import Engine
@@ -89,8 +90,8 @@ def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor])
     """Return the trained module's outputs, shape (N, ...) each.
 
     Raises:
-        ExportError: when it gives anything but a tensor, or a tuple or dict of tensors, with a row for each input, or
-            there are no inputs.
+        ExportError: when it gives anything but a tensor, or a tuple or dict of tensors, with a row for each input, of
+            a dtype that numpy has, or there are no inputs.
     """
     if not held_out or not len(held_out[0]):
         raise ExportError("held_out: expected at least one input, got none. Give validation inputs.")
@@ -101,6 +102,8 @@ def reference_outputs(reference: Callable[..., Any], held_out: Sequence[Tensor])
         given = reference(*batch)
         found = named(given, "reference")
         for name, value in found.items():
+            if isinstance(value, Tensor):
+                dtype_name(name, value)
             if value.shape[:1] != batch[0].shape[:1]:
                 raise ExportError(
                     f"reference: expected a row of {name} for each of {len(batch[0])} inputs, got shape "

@@ -25,14 +25,24 @@ def check_operators(program: ExportedProgram) -> None:
         program: As captured, in eval mode.
 
     Raises:
-        ExportError: when it draws random numbers, which each engine would draw in its own way, or once for all.
+        ExportError: when it draws random numbers, which each engine would draw in its own way, or once for all; or
+            when it casts beside ``torch.autocast``: torch 2.13 records types as if there were none, and checks them.
     """
-    for graph in [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]:
+    graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
+    checked = any(
+        node.target is torch.ops.aten._assert_tensor_metadata.default for each in graphs for node in each.nodes
+    )
+    for graph in graphs:
         for node in _alive(graph):
             if _is_random(node):
                 raise ExportError(
                     f"forward: expected the same outputs for the same inputs, got random numbers of {node.target}"
                     f"{_layer(node)}. Draw them in training alone (if self.training), or take them as an input."
+                )
+            if checked and node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+                raise ExportError(
+                    "forward: expected no casts beside torch.autocast, got some. Leave autocast out; targets of half "
+                    "precision, as aoti_bf16, make their programs of one in float32."
                 )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -83,3 +84,34 @@ def test_recurrent_layers_with_dropout_pass_in_evaluation() -> None:
     check_operators(export_program(Last().eval(), [torch.randn(4, 3, 6)]))
     with pytest.raises(ExportError, match=r"random numbers of aten\.lstm\.input in 'lstm'"):
         check_operators(export_program(Last().train(), [torch.randn(4, 3, 6)]))
+
+
+class Cast(nn.Module):
+    """A layer in bfloat16, whatever its weights are, and what follows it."""
+
+    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.then = nn.Linear(6, 4), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.fc(x)
+        return self.then(y)
+
+
+@pytest.mark.parametrize(
+    ("then", "message"),
+    [
+        (lambda y: y.float(), r"forward: expected no casts beside torch\.autocast"),
+        (lambda y: y * 2, "output: expected a dtype that numpy has, got bfloat16"),
+        (lambda y: y + torch.ones(4), None),
+    ],
+)
+def test_autocast_in_forward_is_one_error_or_none(
+    tmp_path: Path, then: Callable[[Tensor], Tensor], message: str | None
+) -> None:
+    x, made = torch.randn(70, 6), nn.Sequential(Cast(then)).eval()
+    program = export_program(made, [x[:2]])
+    with pytest.raises(ExportError, match=message) if message else nullcontext():
+        export_artifact(program, tmp_path / "a", targets=["eager"], reference=made, held_out=[x])
+    assert (tmp_path / "a").exists() == (message is None)
