@@ -125,6 +125,10 @@ def test_print_config_is_a_complete_recipe(capsys: pytest.CaptureFixture[str]) -
     again = call(capsys, "run", "printed.yaml", "--print_config")
     assert again[:2] == (0, out)
     assert "ratio: 0.3" in out
+    code, shorter, _ = call(capsys, "run", "digits", "--print_config=skip_default")
+    assert (code, "width: 24" in shorter, "min_width" in out, "min_width" in shorter) == (0, True, True, False)
+    code, _, err = call(capsys, "run", "digits", "--print_config=comments")
+    assert (code, "--print_config: expected nothing more or =skip_default, got =comments" in err) == (2, True)
 
 
 def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,8 +140,18 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"  {command} " in text
     code, out, _ = call(capsys, "run", "--keys")
     assert code == 0
-    assert "--trainer.max_epochs" in out
-    assert "--prune.ratio" in out or "--prune" in out
+    keys = (
+        "trainer.max_epochs",
+        "teacher.cache",
+        "prune.ratio",
+        "sparsify.pattern",
+        "quantize.scheme",
+        "export.targets",
+    )
+    for key in (*keys, "distill.task_weight"):
+        assert f"  --{key} " in out
+    assert "torch.nn." not in out  # no list of all networks that there are
+    assert "--config" not in out
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

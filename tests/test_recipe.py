@@ -102,14 +102,18 @@ def test_what_a_recipe_dumps_is_a_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["--prun.ratio", "0.3"], "prun.ratio"),
-        (["--prune.rato", "0.3"], "rato"),
+        (["--prun.ratio", "0.3"], r"prun\.ratio: expected a key .* Did you mean prune\.ratio\? "),
+        (["--teachr", "null"], r"teachr: expected a key that there is, got an unknown one\. Did you mean teacher\?"),
+        (["--prune.rato=0.3"], r"prune\.rato: expected a key .* Did you mean prune\.ratio\? "),
+        (["--prune.target.latency_m", "3"], r"prune\.target\.latency_m: .* Did you mean prune\.target\.latency_ms\? "),
+        (["--zzz", "1"], r"zzz: expected a key that there is, got an unknown one\. 'compress run --keys' lists all"),
+        (["ratio"], r"recipe: expected keys as --prune\.ratio 0\.3, got ratio"),
         (["--seed", "many"], "seed"),
         (["--student.class_path", "torch.nn.Lin"], "torch.nn.Lin"),
         (["--student.class_path", "nowhere.Network"], "nowhere"),
-        (["--student.init_args.widht", "3"], "widht"),
-        (["--trainer.max_epoch", "3"], "max_epoch"),
-        (["--distill.losses.init_args.temprature", "3"], "temprature"),
+        (["--student.init_args.widht", "3"], r"student\.widht: .* Did you mean student\.width\?"),
+        (["--trainer.max_epoch", "3"], r"trainer\.max_epoch: .* Did you mean trainer\.max_epochs\?"),
+        (["--distill.losses.init_args.temprature", "3"], r"Did you mean distill\.losses\.temperature\?"),
     ],
 )
 def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
@@ -157,8 +161,23 @@ def test_wrong_keys_and_types_are_named(words: list[str], named: str) -> None:
     ],
 )
 def test_values_out_of_range_are_named(words: list[str], message: str) -> None:
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=rf"^{message}"):
         build_recipe(*parse_recipe(find_recipe("digits"), words), name="digits")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"teachr": None}, r"^teachr: .* Did you mean teacher\?"),
+        ({"trainer": {"max_epoch": 3}}, r"^trainer\.max_epoch: .* Did you mean trainer\.max_epochs\?"),
+        ({"prune": {"rato": 0.3}}, r"^prune\.rato: .* Did you mean prune\.ratio\?"),
+    ],
+)
+def test_wrong_keys_of_a_file_are_named(section: dict[str, Any], message: str, tmp_path: Path) -> None:
+    text = yaml.safe_load(find_recipe("digits").read_text()) | section
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(text))
+    with pytest.raises(RecipeError, match=message):
+        parse_recipe(tmp_path / "recipe.yaml")
 
 
 def test_lengths_are_read() -> None:

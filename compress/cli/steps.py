@@ -119,11 +119,11 @@ def how_to_go_on(options: argparse.Namespace, rest: list[str], run_dir: str) -> 
 
 def _open(options: argparse.Namespace, rest: list[str], console: Console) -> object:
     from compress.pipeline import create_run, open_run
-    from compress.recipe import find_recipe, make_parser, parse_recipe
+    from compress.recipe import find_recipe, keys_of_a_recipe, parse_recipe
 
     quiet()
     if options.keys:
-        make_parser(f"compress run {options.recipe or 'RECIPE'}").print_help()
+        print(keys_of_a_recipe())
         return None
     if options.resume is not None:
         if options.recipe is not None:
@@ -136,8 +136,13 @@ def _open(options: argparse.Namespace, rest: list[str], console: Console) -> obj
             "recipe: expected a YAML file or the name of a shipped recipe, got none. See 'compress recipes'."
         )
     path = find_recipe(options.recipe)
-    if any(word.startswith("--print_config") for word in rest):
-        config, parser = parse_recipe(path, [word for word in rest if not word.startswith("--print_config")])
-        print(parser.dump(config, skip_none=False))
+    if shown := [word for word in rest if word.partition("=")[0] == "--print_config"]:
+        flags = shown[-1].partition("=")[2]
+        if flags not in ("", "skip_default"):
+            raise RecipeError(
+                f"--print_config: expected nothing more or =skip_default, got ={flags}. --keys explains the keys."
+            )
+        config, parser = parse_recipe(path, [word for word in rest if word not in shown])
+        print(parser.dump(config, skip_none=False, skip_default=bool(flags)))
         return None
     return create_run(path, overrides=rest, path=options.run_dir, console=console)

@@ -31,6 +31,7 @@ from compress.distill import (
 from compress.errors import CompressError, RecipeError
 from compress.prune import StructuredPruning, WeightSparsity
 from compress.quantize import QuantizationAwareTraining
+from compress.recipe.keys import KeysFormatter, chain, describe_keys, unknown_key
 from compress.recipe.mistakes import mistakes
 from compress.surgery.lengths import Length
 
@@ -41,6 +42,7 @@ __all__ = [
     "Teacher",
     "build_recipe",
     "find_recipe",
+    "keys_of_a_recipe",
     "make_parser",
     "parse_recipe",
     "shipped_recipes",
@@ -170,10 +172,13 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     """Return the parser that knows every key of a recipe."""
     parser = ArgumentParser(
         prog=prog,
+        usage=argparse.SUPPRESS,
         exit_on_error=False,
         allow_abbrev=False,
+        formatter_class=KeysFormatter,
         description="Every key of a recipe can be overridden by its dotted name, e.g. --prune.ratio 0.3 "
-        "--trainer.max_epochs 5 --teacher.model.init_args.width 32; --prune null leaves a section out.",
+        "--trainer.max_epochs 5 --teacher.model.init_args.width 32; --prune null leaves a section out, and "
+        "--student.help compress.models.ResNet explains the keys of a class.",
     )
     parser.add_argument("--config", action=ActionConfigFile, help="the recipe file")
     parser.add_argument("--seed", type=int, default=0, help="of all random numbers")
@@ -208,6 +213,17 @@ def make_parser(prog: str = "compress run RECIPE") -> ArgumentParser:
     return parser
 
 
+def keys_of_a_recipe() -> str:
+    """Return a list of all keys, with what each does, its type and its default."""
+    sections = {
+        "teacher": Teacher,
+        "prune": StructuredPruning,
+        "sparsify": WeightSparsity,
+        "quantize": QuantizationAwareTraining,
+    }
+    return describe_keys(make_parser(), sections)
+
+
 def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Namespace, ArgumentParser]:
     """Read a recipe file and apply overrides, without building anything.
 
@@ -225,7 +241,7 @@ def parse_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Names
     try:
         return parser.parse_args(["--config", str(path), *overrides]), parser
     except (argparse.ArgumentError, TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: {_plain(error)}") from error
+        raise RecipeError(unknown_key(error, parser) or f"{path}: {_plain(error)}") from error
 
 
 def build_recipe(config: Namespace, parser: ArgumentParser, *, name: str) -> Recipe:
@@ -239,9 +255,10 @@ def build_recipe(config: Namespace, parser: ArgumentParser, *, name: str) -> Rec
     plain.pop("config", None)
     try:
         built = parser.instantiate(config)
-    except CompressError:
-        raise
     except Exception as error:  # any constructor of any class
+        for link in chain(error):  # jsonargparse wraps what is said of a key that may be null
+            if isinstance(link, CompressError):
+                raise link from link.__cause__
         raise RecipeError(f"recipe: expected arguments that build, got {_plain(error)}") from error
     names = {entry.name for entry in fields(Recipe)} - {"config", "name"}
     values = {key: value for key, value in vars(built).items() if key in names}
