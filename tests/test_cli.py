@@ -99,7 +99,10 @@ def test_an_existing_run_directory_is_left_alone(tmp_path: Path, capsys: pytest.
         (["run", "--resume", "nowhere"], "nowhere: expected a run directory with a recipe.yaml"),
         (["run", "digits", "--resume", "nowhere"], "--resume: expected no recipe beside it"),
         (["report", "[bold]nowhere[/]"], "[bold]nowhere[/]: expected a run directory"),
-        (["bench", "nowhere"], "nowhere: expected a run directory"),
+        (
+            ["bench", "nowhere"],
+            "nowhere: expected a run directory with a recipe.yaml or an artefact with a manifest.json",
+        ),
         (["predict", "nowhere", "x.npy"], "nowhere: expected an artefact with a manifest.json"),
         (["convert", "nowhere", "--target", "onnxruntime"], "nowhere: expected an artefact with a manifest.json"),
         (["convert", "nowhere", "--target", "onnxruntime", "more"], "convert: expected no more words, got more"),
@@ -138,6 +141,13 @@ def test_help_says_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for command in ("run", "fit", "test", "export", "bench", "report", "sensitivity", "convert", "predict", "recipes"):
         assert f"  {command} " in text
+    for words, said in [
+        (["--version"], f"compress {compress.__version__}"),
+        (["cache-teacher", "--help"], "'--print_config'"),
+    ]:
+        with pytest.raises(SystemExit):
+            compress.cli.main(words)
+        assert said in capsys.readouterr().out
     code, out, _ = call(capsys, "run", "--keys")
     assert code == 0
     keys = (
@@ -205,6 +215,7 @@ def test_engines_are_measured_and_drawn(capsys: pytest.CaptureFixture[str]) -> N
     ]:
         code, _, err = call(capsys, *words, *more)
         assert (code, message in err) == (2, True), err
+    Path("run/recipe.yaml").touch()
     code, _, err = call(capsys, "bench", "run", "--threads", "1")
     assert (code, "expected an artefact beside --threads, got run. Give run/artifact" in err) == (2, True)
 

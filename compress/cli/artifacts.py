@@ -33,7 +33,13 @@ _OF_ARTIFACTS = ("batch_sizes", "threads", "seconds", "json", "plot", "trust")
 
 def bench(options: argparse.Namespace, rest: list[str], console: Console) -> None:
     """Measure a run's stages, or an artefact's engines beside the network in floats."""
-    if not (Path(options.path) / "manifest.json").exists():
+    path = Path(options.path)
+    if not (path / "manifest.json").exists():
+        if not (path / "recipe.yaml").exists():
+            raise RunError(
+                f"{path}: expected a run directory with a recipe.yaml or an artefact with a manifest.json, "
+                "got neither. Give what 'compress run' or 'compress export' has written."
+            )
         given = [f"--{name}" for name in _OF_ARTIFACTS if getattr(options, name) not in (None, False)]
         if given:
             raise RecipeError(
@@ -62,7 +68,7 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
         threads=options.threads or sorted({1, int(machine["cores"])}),
         seconds=1.0 if options.seconds is None else options.seconds,
         progress=True,
-        beside=_in_floats(Path(options.path), model),
+        beside=_in_floats(path, model),
     )
     about = {
         "artifact": options.path,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Callable
 
+from compress import __version__
 from compress.cli.artifacts import bench, convert, predict
 from compress.cli.steps import cache_teacher, fit, recipes, run, sensitivity, step
 
@@ -17,13 +19,22 @@ examples:
   compress run digits --print_config                     the recipe with all its defaults, as YAML
   compress run --resume runs/digits/2026-01-01_12-00-00  go on with a run that was stopped
   compress cache-teacher digits                          a run's first step alone: store what its teacher says
-  compress sensitivity digits                            what each layer's units are worth, before pruning any
+  compress sensitivity digits                            what pruning or quantising each layer would cost
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
   compress convert ARTIFACT --target openvino            add a target from the artefact's portable program
   compress bench ARTIFACT                                latency of an artefact's engines on this machine
   compress predict ARTIFACT photos/ --top_k 3            labels and probabilities for a folder of images
   compress predict ARTIFACT reviews.txt                  the same for the text in each line; - reads standard input
 """
+
+
+class _WholeOptions(argparse.HelpFormatter):
+    """Help whose lines do not break within ``--print_config``."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return textwrap.fill(
+            " ".join(text.split()), width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -34,10 +45,18 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"compress {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(name: str, action: Callable[..., int | None], text: str, **options: object) -> argparse.ArgumentParser:
-        entry = commands.add_parser(name, help=text, description=text, allow_abbrev=False, **options)  # type: ignore[arg-type]
+        entry = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            allow_abbrev=False,
+            formatter_class=_WholeOptions,
+            **options,  # type: ignore[arg-type]
+        )
         entry.set_defaults(command=action)
         return entry
 
@@ -86,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     entry = command(
         "sensitivity",
         sensitivity,
-        "measure what each layer's least important units are worth, before pruning any",
+        "measure how sensitive each layer is to pruning and to quantization, before either",
         epilog="The student is trained alone first, where the run does not have it; then each layer in turn has part "
         "of its units silenced, or its weights at few bits where the recipe quantises, and the network is judged on "
         "the validation split; with a latency, each layer in turn stays in floats and the others are integers. What is "
@@ -145,7 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     entry.add_argument("--top_k", "--top-k", type=int, default=1, metavar="K", help="show the K best labels (1)")
     entry.add_argument("--resize", action="store_true", help="bring images to the input's size; else that is an error")
     entry.add_argument("--engine", default="auto", help="engine to serve with (default: the fastest here)")
-    entry.add_argument("--json", "--output", metavar="FILE", help="write JSON there instead of a table here")
+    entry.add_argument("--json", metavar="FILE", help="write JSON there instead of a table here")
     entry.add_argument("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
     command("recipes", recipes, "list the shipped recipes")
     return parser

@@ -52,7 +52,7 @@ def cache_teacher(options: argparse.Namespace, rest: list[str], console: Console
 
 
 def sensitivity(options: argparse.Namespace, rest: list[str], console: Console) -> None:
-    """Measure what each layer's units are worth."""
+    """Measure how sensitive each layer is to pruning and to quantization."""
     from compress.pipeline import Deadline, RunDirectory, sensitivity
     from compress.prune.sensitivity import RATIOS
     from compress.quantize.sensitivity import BITS

@@ -128,7 +128,7 @@ def test_a_finished_run_does_nothing_again(run: Path) -> None:
 
 def test_predict_and_bench_on_the_command_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.save(tmp_path / "digits.npy", Digits().load().test.images[:5])
-    words = ["predict", str(run), str(tmp_path / "digits.npy"), "--output", str(tmp_path / "out.json")]
+    words = ["predict", str(run), str(tmp_path / "digits.npy"), "--json", str(tmp_path / "out.json")]
     assert compress.cli.main(words) == 0
     rows = json.loads((tmp_path / "out.json").read_text())
     assert len(rows) == 5
