@@ -76,7 +76,7 @@ def export_artifact(
             alone computes in floats is left out.
     """
     directory, gates = Path(directory), gates or Gates()
-    if directory.exists():
+    if os.path.lexists(directory):  # a link that leads nowhere is there, too
         raise ExportError(f"{directory}: expected no artefact yet, got one. Choose another directory or move it away.")
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:

@@ -125,6 +125,13 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "mine").read_text() == "1"
 
 
+def test_a_link_that_leads_nowhere_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="expected no artefact yet"):
+        export(tmp_path / "a")
+    assert (tmp_path / "a").is_symlink()
+
+
 def test_a_target_that_cannot_be_built_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def build(program: object, path: Path) -> None:
         raise ExportSkippedError("aoti: expected a C++ compiler, got none.")
