@@ -231,7 +231,12 @@ def _build_all(targets: Sequence[str], job: Job, folder: Path, *, progress: bool
         built[engine], reasons = build_target(engine, job, folder)
         failed += reasons
     if failed:
-        raise ExportError("\n".join([*failed, "The artefact is as it was. Loosen the gate, or leave the target out."]))
+        failed.append("The artefact is as it was. Loosen the gate that is named, or leave the target out.")
+        if job.notes["inputs"] != "given":  # zeros and ones for integers, by which it may divide
+            failed.append(
+                "Its inputs were random, and the network may be made for others: give real inputs (--inputs)."
+            )
+        raise ExportError("\n".join(failed))
     return built
 
 

@@ -136,6 +136,27 @@ def test_random_tokens_are_rows_of_the_embedding_and_masks_are_never_empty(tmp_p
     assert (found["inputs"], found["num_samples"]) == ("given", 20)
 
 
+class Averaged(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = torch.nn.Linear(6, 3)
+
+    def forward(self, sums: torch.Tensor, days: torch.Tensor) -> torch.Tensor:
+        return self.head(sums / days[:, None] * days[:, None])
+
+
+def test_where_random_inputs_fail_real_ones_are_asked_for(tmp_path: Path) -> None:
+    reference = Averaged().eval()
+    inputs = [torch.randn(20, 6), torch.randint(1, 9, (20,))]
+    program = export_program(reference, [value[:2] for value in inputs])
+    export_artifact(program, tmp_path / "a", targets=["eager"], reference=reference, held_out=inputs)
+    with pytest.raises(ExportError, match=r"got inf on 64 held-out inputs(.|\n)*give real inputs \(--inputs\)"):
+        convert(tmp_path / "a", ["onnxruntime"])
+    with pytest.raises(ExportError, match=r"leave the target out\.$"):
+        convert(tmp_path / "a", ["onnxruntime"], inputs=inputs, gates=Gates(min_top1_agreement=1.01))
+    assert "onnxruntime" in convert(tmp_path / "a", ["onnxruntime"], inputs=inputs).targets
+
+
 @pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize(
     ("targets", "arguments", "message"),
