@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,10 +50,6 @@ class Lesson:
     source: Tensor | None = None
     teacher_weights: Tensor | None = None
     progress: float = 0.0
-
-    def taught_by(self, *teachers: View) -> Lesson:
-        """Return the same lesson with other teachers."""
-        return replace(self, teachers=teachers, teacher_weights=None)
 
 
 @dataclass(frozen=True)

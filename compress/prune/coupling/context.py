@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
 from compress.prune.coupling.combine import Operand, combine
@@ -50,10 +49,6 @@ class Context:
             else:
                 kept.append(labels)
         return Value(value.shape, kept, uniform=value.uniform - set(dims), parents=[value])
-
-    def reshape_last(self, fields: Sequence[Tensor], index: int = 0) -> Value:
-        """Return a value of a result's shape."""
-        return Value(self.shapes[index], list(fields))
 
 
 def operators(names: str) -> list[Any]:

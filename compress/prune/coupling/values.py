@@ -6,11 +6,10 @@ of dimensions and size 1 where it does not vary: a channel's labels are (1, C, 1
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from compress.prune.coupling.units import Units
@@ -86,8 +85,3 @@ def move(units: Units, value: Value, run: Callable[[Tensor], Tensor]) -> list[Te
         if result is not None:
             moved.append(result)
     return moved
-
-
-def common_shape(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    """Return the shape that values broadcast to."""
-    return tuple(torch.broadcast_shapes(*shapes))
