@@ -37,7 +37,7 @@ from compress.measure.machine import describe_machine
 from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.engines import ENGINES, engines_for
 from compress.runtime.examples import example_sizes
-from compress.runtime.inputs import preprocess
+from compress.runtime.inputs import check_rows, preprocess
 from compress.runtime.loading import why_left_out
 from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
 from compress.runtime.sizes import wrong_size
@@ -79,6 +79,7 @@ class Query(BaseModel):
             if not any(_fits(sample.shape, shape) for shape in (wanted, wanted[1:] if wanted[:1] == (1,) else wanted)):
                 raise ValueError(f"expected one sample of shape {list(wanted)}, got {list(sample.shape)}")
             given = preprocess(sample[None], manifest)
+            check_rows([given], manifest.inputs)
         except CompressError as error:
             raise ValueError(str(error)) from error
         reason = wrong_size(manifest.inputs[:1], [given.shape])

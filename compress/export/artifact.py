@@ -26,6 +26,7 @@ from compress.export.parity import check_inputs, compare, other_sizes, reference
 from compress.export.passes import clean_up
 from compress.export.products import products
 from compress.export.refused import check_operators
+from compress.export.samples import with_rows
 from compress.export.targets import IN_INTEGERS, TARGETS, Census, ExportSkippedError
 from compress.measure.machine import versions
 from compress.runtime.manifest import Manifest, Target, manifest_text, parse_manifest, sha256
@@ -84,7 +85,7 @@ def export_artifact(
     if mistakes := list(option_mistakes(options or {}, targets)):
         raise ExportError("\n".join(mistakes))
     check_operators(program)
-    inputs = input_specs(program)
+    inputs = with_rows(input_specs(program), program)
     form = output_form(program)
     check_inputs(inputs, held_out)
     files = files or {}

@@ -220,7 +220,7 @@ _GATES = {field.name for field in fields(Gates)}
 def _check_program(manifest: Manifest, program: ExportedProgram, source: Path) -> None:
     """Make sure that the program is the one that the manifest describes, whatever sizes it was captured with."""
     specs = input_specs(program)
-    if [_without_typical(spec) for spec in specs] != [_without_typical(spec) for spec in manifest.inputs]:
+    if [_as_captured(spec) for spec in specs] != [_as_captured(spec) for spec in manifest.inputs]:
         raise ArtifactError(f"{source}: expected inputs {manifest.inputs}, got {specs}. Export again.")
 
 
@@ -240,11 +240,11 @@ def _build_all(targets: Sequence[str], job: Job, folder: Path, *, progress: bool
     return built
 
 
-def _without_typical(spec: TensorSpec) -> TensorSpec:
+def _as_captured(spec: TensorSpec) -> TensorSpec:
     ranges = {
         dimension: dataclasses.replace(allowed, typical=allowed.smallest) for dimension, allowed in spec.ranges.items()
     }
-    return dataclasses.replace(spec, ranges=ranges)
+    return dataclasses.replace(spec, ranges=ranges, num_rows=None)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.fx import GraphModule, Node
 from compress.runtime.examples import example_sizes
 from compress.runtime.manifest import TensorSpec
 
-__all__ = ["are_drawn", "note_drawn", "random_inputs"]
+__all__ = ["are_drawn", "note_drawn", "random_inputs", "with_rows"]
 
 _DRAWN = "example inputs are drawn"
 _NUM = 64
@@ -41,8 +42,20 @@ def random_inputs(graph_module: GraphModule, specs: Sequence[TensorSpec], *, see
         Tensors of shape (64, ...).
     """
     generator = torch.Generator().manual_seed(seed)
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    return [_draw(spec, _num_rows(graph_module, node), generator) for spec, node in zip(specs, placeholders)]
+    return [_draw(spec, rows, generator) for spec, rows in zip(specs, _rows_of_inputs(graph_module))]
+
+
+def with_rows(specs: Sequence[TensorSpec], program: ExportedProgram) -> tuple[TensorSpec, ...]:
+    """Return inputs with the number of rows of the smallest embedding that their integers are indices of.
+
+    Args:
+        specs: Of the program's inputs.
+        program: With all its embeddings.
+    """
+    graph_module = program.module(check_guards=False)
+    assert isinstance(graph_module, GraphModule)
+    found = zip(specs, _rows_of_inputs(graph_module))
+    return tuple(replace(spec, num_rows=rows) if "int" in spec.dtype else spec for spec, rows in found)
 
 
 def note_drawn(program: ExportedProgram) -> None:
@@ -64,6 +77,10 @@ def _draw(spec: TensorSpec, rows: int | None, generator: torch.Generator) -> Ten
         return torch.randint(rows, shape, generator=generator).to(dtype)
     length = torch.randint(1, shape[-1] + 1, (*shape[:-1], 1), generator=generator)
     return (torch.arange(shape[-1]) < length).to(dtype)
+
+
+def _rows_of_inputs(graph_module: GraphModule) -> list[int | None]:
+    return [_num_rows(graph_module, node) for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
 def _num_rows(graph_module: GraphModule, node: Node) -> int | None:

@@ -12,7 +12,7 @@ from compress.runtime.manifest import Manifest, TensorSpec, preprocesses_text
 from compress.runtime.sizes import described
 from compress.runtime.text import Encode
 
-__all__ = ["Raw", "check_dense", "check_tokenizer", "in_order", "numbers_of", "preprocess", "raw_inputs"]
+__all__ = ["Raw", "check_dense", "check_rows", "check_tokenizer", "in_order", "numbers_of", "preprocess", "raw_inputs"]
 
 _NAMED = 5
 
@@ -118,6 +118,34 @@ def check_dense(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
         if layout != "torch.strided" or device == "meta":
             got = layout if device != "meta" else "one on the meta device"
             raise ArtifactError(f"{spec.name}: expected a dense tensor with values, got {got}. Convert it.")
+
+
+def check_rows(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
+    """Refuse integers beyond the table that they look up, of which some engines make an answer.
+
+    Args:
+        inputs: Arrays, or tensors on any device, of the shapes and dtypes of their specs.
+        specs: Of the inputs; only those with ``num_rows`` are looked at.
+
+    Raises:
+        ArtifactError: when one is negative, or not below the number of rows.
+    """
+    for spec, value in zip(specs, inputs):
+        num = spec.num_rows
+        if num is None or 0 in value.shape:
+            continue
+        if isinstance(value, np.ndarray):  # what is negative is large without a sign: one look is enough
+            fits = value.view(f"u{value.itemsize}").max() < num
+        else:
+            least, most = value.aminmax()
+            fits = least >= 0 and most < num
+        if not fits:
+            numbers = np.asarray(value if isinstance(value, np.ndarray) else value.cpu())
+            wrong = (numbers < 0) | (numbers >= num)
+            raise ArtifactError(
+                f"{spec.name}: expected whole numbers from 0 to {num - 1}, the rows of the network's table, got "
+                f"{numbers[wrong][0]} in samples {numbers_of(wrong)}. Correct them."
+            )
 
 
 def numbers_of(wrong: np.ndarray) -> str:

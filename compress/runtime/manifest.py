@@ -62,12 +62,15 @@ class TensorSpec:
         dtype: As numpy names it.
         shape: Sizes; ``None`` where any size goes, as in the batch dimension.
         ranges: Which sizes go, by dimension, where not any does.
+        num_rows: Of integers that a table is looked up by, as tokens: they go from 0 to the last of its rows. Engines
+            look up others, too, and some give whatever lies there.
     """
 
     name: str
     dtype: str
     shape: tuple[int | None, ...]
     ranges: Mapping[int, Range] = field(default_factory=dict)
+    num_rows: int | None = None
 
 
 @dataclass(frozen=True)
@@ -164,8 +167,11 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def manifest_text(manifest: Manifest) -> str:
-    """Return a manifest as it is written; what one without a structure says is what it has always been."""
+    """Return a manifest as it is written; what one without a structure or tables says is what it has always been."""
     content = asdict(manifest)
+    for spec in (*content["inputs"], *content["outputs"]):
+        if spec["num_rows"] is None:
+            del spec["num_rows"]
     if manifest.structure is None:
         del content["structure"]
     return json.dumps(content, indent=1)
@@ -318,7 +324,11 @@ def _spec(entry: dict[str, Any]) -> TensorSpec:
     ranges = {int(key): _range(value) for key, value in entry.get("ranges", {}).items()}
     if any(not 0 < dimension < len(sizes) or sizes[dimension] is not None for dimension in ranges):
         raise ValueError(f"ranges {sorted(ranges)} of {entry['name']}")
-    return TensorSpec(entry["name"], entry["dtype"], tuple(sizes), ranges)
+    num_rows = entry.get("num_rows")
+    check_kinds({"num_rows": num_rows}, {"num_rows": int | None})
+    if num_rows is not None and (num_rows < 1 or np.dtype(known).kind not in "iu"):
+        raise ValueError(f"num_rows {num_rows} of {entry['name']}, of {entry['dtype']}")
+    return TensorSpec(entry["name"], entry["dtype"], tuple(sizes), ranges, num_rows)
 
 
 def _range(entry: dict[str, Any]) -> Range:

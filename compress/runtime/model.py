@@ -14,7 +14,7 @@ from compress.runtime.buffers import check_buffers, fill, may_overlap
 from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.dispatch import Times, load_each, picker
 from compress.runtime.engines import Engine
-from compress.runtime.inputs import check_dense, in_order, raw_inputs
+from compress.runtime.inputs import check_dense, check_rows, in_order, raw_inputs
 from compress.runtime.manifest import Manifest
 from compress.runtime.outputs import arranger, call, join, kind_of
 from compress.runtime.sizes import described, wrong_size
@@ -64,6 +64,7 @@ class CompactModel:
         self.engines = tuple(engines)
         self.engines_by_batch = dict(serves)
         self.times: Times = times or {}
+        self._looks_up = any(spec.num_rows is not None for spec in manifest.inputs)
         self._varies = any(spec.ranges for spec in manifest.inputs)
         self._encode = encode
         self._make = make
@@ -89,11 +90,14 @@ class CompactModel:
             gives several, a tuple of such, or a dict by the manifest's names, as ``manifest.structure`` says.
 
         Raises:
-            ArtifactError: when number, names, shape or dtype of inputs or buffer is not what the manifest says.
+            ArtifactError: when number, names, shape or dtype of inputs or buffer is not what the manifest says, or a
+                token is beyond the network's vocabulary.
         """
         if len(inputs) == 1 and isinstance(inputs[0], Mapping | tuple | list):
             inputs = in_order(inputs[0], self.manifest)
         self._check(inputs)
+        if self._looks_up:
+            check_rows(inputs, self.manifest.inputs)
         num, largest = len(inputs[0]), self.manifest.max_batch or len(inputs[0])
         if out is not None:
             return self._into(inputs, out, num, largest)

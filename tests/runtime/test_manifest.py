@@ -23,6 +23,7 @@ CONTENT: dict[str, Any] = {
             "dtype": "int64",
             "shape": [None, None],
             "ranges": {"1": {"name": "size1", "smallest": 2, "largest": 64, "typical": 9}},
+            "num_rows": 10,
         },
     ],
     "outputs": [{"name": "output", "dtype": "float32", "shape": [None, 3]}],
@@ -76,6 +77,7 @@ def test_a_manifest_is_read_as_written(tmp_path: Path) -> None:
     assert manifest.inputs[0].shape == (None, 1, 8, 8)
     assert manifest.inputs[0].ranges == {}
     assert manifest.inputs[1].ranges == {1: Range("size1", 2, 64, 9)}
+    assert [spec.num_rows for spec in (*manifest.inputs, *manifest.outputs)] == [None, 10, None]
     assert manifest.targets["eager"].file == "program.pt2"
     assert manifest.labels == ["a", "b", "c"]
 
@@ -95,6 +97,14 @@ def test_a_manifest_is_read_as_written(tmp_path: Path) -> None:
 def test_a_range_that_cannot_be_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     content = json.loads(json.dumps(CONTENT))
     content["inputs"][1]["ranges"]["1"] |= change
+    with pytest.raises(ArtifactError, match="expected a manifest"):
+        read_manifest(write(tmp_path, content))
+
+
+@pytest.mark.parametrize("change", [{"num_rows": 0}, {"num_rows": 2.5}, {"num_rows": "9"}, {"dtype": "float32"}])
+def test_a_table_that_cannot_be_looked_up_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    content = json.loads(json.dumps(CONTENT))
+    content["inputs"][1] |= change
     with pytest.raises(ArtifactError, match="expected a manifest"):
         read_manifest(write(tmp_path, content))
 

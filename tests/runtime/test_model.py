@@ -89,6 +89,47 @@ def test_what_fitted_once_lets_nothing_else_pass(model: CompactModel) -> None:
         torch.testing.assert_close(model(x), wanted)
 
 
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artefact with a table of ten rows, and a second input that is none of its business."""
+
+    class Looked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.head = nn.Embedding(10, 4), nn.Linear(4, 3)
+
+        def forward(self, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            return self.head((self.table(tokens) * weights[..., None]).sum(1))
+
+    torch.manual_seed(0)
+    path, network = tmp_path_factory.mktemp("tokens") / "a", Looked().eval()
+    inputs = [torch.randint(10, (16, 5), dtype=torch.int32), torch.randint(100, (16, 5))]
+    program = export_program(network, [value[:2] for value in inputs])
+    targets = [name for name in HERE if name in ("eager", "onnxruntime", "openvino")]
+    export_artifact(program, path, targets=targets, reference=network, held_out=inputs)
+    return path
+
+
+@pytest.mark.parametrize("engine", [name for name in HERE if name in ("eager", "onnxruntime", "openvino")])
+def test_integers_beyond_the_table_are_refused(engine: str, tokens: Path) -> None:
+    model = load(tokens, engine=engine)
+    assert [spec.num_rows for spec in model.manifest.inputs] == [10, None]
+    ids, weights = torch.arange(10, dtype=torch.int32).view(2, 5), torch.full((2, 5), 99)
+    model(ids, weights)
+    for wrong in (-1, 10, 109, -91, 2**31 - 1):
+        given = ids.clone()
+        given[1, 3] = wrong
+        message = rf"tokens: expected whole numbers from 0 to 9, .* got {wrong} in samples 1\. Correct them\."
+        for call in (
+            lambda given=given: model(given, weights),
+            lambda given=given: model(given.numpy().T.copy().T, weights.numpy()),
+            lambda given=given: model.predict({"tokens": given, "weights": weights}),
+        ):
+            with pytest.raises(ArtifactError, match=message):
+                call()
+    assert '"num_rows"' not in (artifact() / "manifest.json").read_text()
+
+
 class Doubling:
     """An engine that refuses large batches."""
 
