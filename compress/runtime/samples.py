@@ -147,11 +147,11 @@ def _table(path: Path, manifest: Manifest) -> Iterator[Batch]:
         )
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = [(number, cells) for number, cells in enumerate(csv.reader(file), 1) if any(map(str.strip, cells))]
+            lines = [(number, cells) for number, cells in enumerate(csv.reader(file), 1) if not _is_blank(cells)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path}: expected text, got {error}. Save it as UTF-8, with commas.") from error
-    if lines and not any(map(_is_number, lines[0][1])):
-        del lines[0]  # names of columns
+    if lines and _are_names(lines[0][1]):
+        del lines[0]
     if not lines:
         raise DataError(f"{path}: expected a line of numbers for each sample, got none. Write one for each.")
     width = len(lines[0][1]) if None in sizes else prod(size or 1 for size in sizes)
@@ -287,8 +287,23 @@ def _check_range(manifest: Manifest) -> None:
         )
 
 
+def _is_blank(cells: list[str]) -> bool:
+    """Say whether a line of a table is none; one of commas alone is a sample whose numbers are missing."""
+    return len(cells) <= 1 and not any(map(str.strip, cells))
+
+
+def _are_names(cells: list[str]) -> bool:
+    """Say whether a table's first line names its columns; NaN is a number that is missing, and no name."""
+    return any(map(str.strip, cells)) and all(_float(cell) is None for cell in cells)
+
+
 def _is_number(cell: str) -> bool:
+    number = _float(cell)
+    return number is not None and isfinite(number) and "_" not in cell
+
+
+def _float(cell: str) -> float | None:
     try:
-        return isfinite(float(cell))
+        return float(cell)
     except ValueError:
-        return False
+        return None

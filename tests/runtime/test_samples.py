@@ -81,7 +81,7 @@ def test_an_image_is_predicted_as_its_array(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3,), (3, 1), (1, 3), (None, 1)])
-@pytest.mark.parametrize("head", ["", "first,second,third\n", "\n\n"])
+@pytest.mark.parametrize("head", ["", "first,second,third\n", ",second,nano\n", "\n \n"])
 def test_a_table_has_a_sample_in_each_line(shape: tuple[int | None, ...], head: str, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text(f"{head}1,2.5,-3e2\n\n 4,5,6 \n")
     names, values = read(tmp_path / "a.csv", taking(*shape, preprocessing=None))
@@ -105,6 +105,12 @@ def test_arrays_come_in_parts(tmp_path: Path) -> None:
         ("a.csv", "1,2\n3,x\n", taking(2), "a.csv, line 2: expected numbers between commas, got 'x'"),
         ("a.csv", ",0,1\n0,3,4\n", taking(2), "a.csv, line 1: expected numbers between commas, got ''"),
         ("a.csv", "1,nan\n", taking(2), "a.csv, line 1: expected numbers between commas, got 'nan'"),
+        ("a.csv", "nan,nan\n1,2\n", taking(2), "a.csv, line 1: expected numbers between commas, got 'nan'"),
+        ("a.csv", "inf,-inf\n1,2\n", taking(2), "a.csv, line 1: expected numbers between commas, got 'inf'"),
+        ("a.csv", "a,b\n1,2\n,\n3,4\n", taking(2), "a.csv, line 3: expected numbers between commas, got ''"),
+        ("a.csv", ", \n1,2\n", taking(2), "a.csv, line 1: expected numbers between commas, got ''"),
+        ("a.csv", "a,b\n1_0,2\n", taking(2), "a.csv, line 2: expected numbers between commas, got '1_0'"),
+        ("a.csv", "1_0,2_0\n", taking(2), "a.csv, line 1: expected numbers between commas, got '1_0'"),
         ("a.csv", "a,b\n", taking(2), "a.csv: expected a line of numbers for each sample, got none"),
         ("a.csv", "", taking(2), "a.csv: expected a line of numbers"),
         ("a.csv", b"\xff\xfe\x00", taking(2), "a.csv: expected text"),
