@@ -29,9 +29,6 @@ def check_operators(program: ExportedProgram) -> None:
             when it casts beside ``torch.autocast``: torch 2.13 records types as if there were none, and checks them.
     """
     graphs = [module.graph for module in program.graph_module.modules() if isinstance(module, GraphModule)]
-    checked = any(
-        node.target is torch.ops.aten._assert_tensor_metadata.default for each in graphs for node in each.nodes
-    )
     for graph in graphs:
         for node in _alive(graph):
             if _is_random(node):
@@ -39,7 +36,7 @@ def check_operators(program: ExportedProgram) -> None:
                     f"forward: expected the same outputs for the same inputs, got random numbers of {node.target}"
                     f"{_layer(node)}. Draw them in training alone (if self.training), or take them as an input."
                 )
-            if checked and node.target is torch.ops.higher_order.wrap_with_autocast and node.args[2]:
+            if _casts_under_autocast(node):
                 raise ExportError(
                     "forward: expected no casts beside torch.autocast, got some. Leave autocast out; targets of half "
                     "precision, as aoti_bf16, make their programs of one in float32."
@@ -68,6 +65,25 @@ def _is_random(node: Node) -> bool:
         return False
     names = {own.name for own in target._schema.arguments}
     return not any(argument(node, name) == value for name, value in _OFF.items() if name in names)
+
+
+def _casts_under_autocast(node: Node) -> bool:
+    """Say whether types are checked within an autocast, or of what comes out of it."""
+    if node.target is not torch.ops.higher_order.wrap_with_autocast or not node.args[2]:
+        return False
+    owner, body = node.graph.owning_module, node.args[4]
+    assert isinstance(owner, GraphModule)
+    assert isinstance(body, Node)
+    open_nodes = [node, *owner.get_submodule(str(body.target)).graph.nodes]  # type: ignore[misc, union-attr]
+    found = set()
+    while open_nodes:
+        user = open_nodes.pop()
+        if user.target is torch.ops.aten._assert_tensor_metadata.default:
+            return True
+        if user not in found:
+            found.add(user)
+            open_nodes += user.users
+    return False
 
 
 def _layer(node: Node) -> str:

@@ -9,9 +9,10 @@ from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from compress.errors import DataError
+from compress.errors import DataError, EditError
 from compress.surgery.editor import inputs_of
 
 __all__ = ["InputReader", "training_batches"]
@@ -83,6 +84,7 @@ class InputReader:
         self._tried = True
         example = pl_module.example_input_array
         if example is not None and not self._always:
+            self._warn_of_sizes(batch, example)
             return
         tensors = self.read(batch)
         likes = tensors if example is None else inputs_of([example], otherwise="Set it to a tensor or to several.")
@@ -93,6 +95,20 @@ class InputReader:
         else:
             return
         raise DataError(f"batch: expected the network's inputs, {expected}, got {_described(tensors)}. {self._do}")
+
+    def _warn_of_sizes(self, batch: Any, example: Any) -> None:
+        """Say at once that a graph of the example may not take the batches, which ``training_step`` may reshape yet."""
+        try:
+            tensors, likes = (inputs_of(given, otherwise="") for given in (batch, [example]))
+        except EditError:
+            return
+        if self._sizes_vary or len(tensors) != len(likes):
+            return
+        if any(tensor.shape[1:] != like.shape[1:] for tensor, like in zip(tensors, likes)):
+            rank_zero_warn(
+                f"quantize.lengths: expected batches of the sizes of example_input_array, {_described(likes)}, got "
+                f"{_described(tensors)}: the graph takes no others. Make them alike, or name in lengths what varies."
+            )
 
 
 def training_batches(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:

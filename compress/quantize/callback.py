@@ -66,8 +66,8 @@ class QuantizationAwareTraining(ModelEditor):
         improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
         inputs: Returns the network's inputs in a batch as ``training_step`` gets it, a tensor or a tuple; by default
             they are its first element. Asked for with ``start=1``, ``learn_steps`` and no ``example_input_array``.
-        lengths: Sizes of inputs beyond the batch that vary, as that of a sequence; other sizes are those of the first
-            batch, and later ones that differ are refused.
+        lengths: Sizes of inputs beyond the batch that vary, as that of a sequence; other sizes are those of
+            ``example_input_array``, else of the first batch, and ones that differ are refused once it is quantised.
         attribute: Name of the LightningModule's attribute that holds the network.
 
     Raises:

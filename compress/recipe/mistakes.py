@@ -55,10 +55,11 @@ def mistakes(recipe: Recipe) -> Iterable[str]:
     if recipe.quantize is not None:
         yield from engine_mistakes(recipe.quantize.assignment, recipe.export.targets)
         yield from _float_targets(recipe.quantize, recipe.export)
-        if others := [str(length) for length in recipe.export.lengths if length not in recipe.quantize.lengths]:
+        trained = recipe.quantize.lengths
+        if others := [str(own) for own in recipe.export.lengths if not any(each.holds(own) for each in trained)]:
             yield (
                 f"export.lengths: expected those of quantize.lengths, got {', '.join(others)}. Other sizes are fixed "
-                "in the graph that is trained: name the same in both."
+                "in the graph that is trained: name in quantize.lengths all sizes that are exported."
             )
     for key in ("max_relative_error", "min_top1_agreement", "min_int8_fraction"):
         value = getattr(recipe.export, key)

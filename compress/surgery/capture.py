@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -126,6 +127,10 @@ def capture(
     graph_module = program.module(check_guards=False)
     note_constants(graph_module, training=mode == "train")
     return Captured(graph_module, frozen=resting).train(network.training)
+
+
+class _NotPickledError(CaptureError, pickle.PicklingError):
+    """What ``pickle`` raises, too: Lightning leaves out hyperparameters that cannot be pickled."""
 
 
 class Captured(nn.Module):
@@ -305,7 +310,7 @@ class Captured(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Refuse to be pickled: a graph cannot be, and would say so by a RecursionError or of some local object."""
-        raise CaptureError(
+        raise _NotPickledError(
             "captured network: expected to be saved by its state_dict, got pickled as a whole. Save its state_dict() "
             "with the history of edits that made it (compress.surgery.save_snapshot), or the program that "
             "export_program gives."

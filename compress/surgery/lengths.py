@@ -53,6 +53,7 @@ class Length:
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        object.__setattr__(self, "inputs", None if self.inputs is None else tuple(self.inputs))
         if self.dimension < 1:
             raise CaptureError(f"dimension: expected at least 1, got {self.dimension}. The batch is dynamic anyway.")
         if self.smallest < 1 or (self.largest is not None and self.largest <= self.smallest):
@@ -63,6 +64,12 @@ class Length:
 
     def __str__(self) -> str:
         return f"dimension {self.dimension} from {self.smallest} to {self.largest or 'any size'}"
+
+    def holds(self, other: Length) -> bool:
+        """Say whether the sizes of another are among these."""
+        largest = self.largest is None or (other.largest is not None and other.largest <= self.largest)
+        same = (self.dimension, self.inputs) == (other.dimension, other.inputs)
+        return same and self.smallest <= other.smallest and largest
 
     def places(self, inputs: Sequence[Tensor]) -> list[int]:
         """Return the positions of the inputs that have it."""
@@ -146,7 +153,7 @@ def check_sizes(inputs: Sequence[Any], wanted: Sequence[Sizes]) -> None:
     raise DataError(
         f"captured network: expected inputs of shapes {expected}, got {got or 'none'}. Sizes beyond the batch are "
         "those of the example that it was captured with: pad to them, or name what varies in lengths, of capture, of "
-        "prepare, or of the callback that quantises (quantize.lengths)."
+        "prepare, or of the callback that quantises (quantize.lengths). Pruning by a graph fixes them."
     )
 
 

@@ -87,13 +87,14 @@ def test_recurrent_layers_with_dropout_pass_in_evaluation() -> None:
 
 
 class Cast(nn.Module):
-    """A layer in bfloat16, whatever its weights are, and what follows it."""
+    """A layer in bfloat16, whatever its weights are, what comes before it and what follows it."""
 
-    def __init__(self, then: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, then: Callable[[Tensor], Tensor], before: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.fc, self.then = nn.Linear(6, 4), then
+        self.fc, self.then, self.before = nn.Linear(6, 4), then, before
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
         with torch.autocast("cpu", torch.bfloat16):
             y = self.fc(x)
         return self.then(y)
@@ -107,10 +108,11 @@ class Cast(nn.Module):
         (lambda y: y + torch.ones(4), None),
     ],
 )
+@pytest.mark.parametrize("before", [lambda x: x, lambda x: x.double().float()])
 def test_autocast_in_forward_is_one_error_or_none(
-    tmp_path: Path, then: Callable[[Tensor], Tensor], message: str | None
+    tmp_path: Path, then: Callable[[Tensor], Tensor], message: str | None, before: Callable[[Tensor], Tensor]
 ) -> None:
-    x, made = torch.randn(70, 6), nn.Sequential(Cast(then)).eval()
+    x, made = torch.randn(70, 6), nn.Sequential(Cast(then, before)).eval()
     program = export_program(made, [x[:2]])
     with pytest.raises(ExportError, match=message) if message else nullcontext():
         export_artifact(program, tmp_path / "a", targets=["eager"], reference=made, held_out=[x])

@@ -102,6 +102,13 @@ def test_inputs_that_the_network_does_not_take_are_refused_at_the_first_batch() 
     assert ends.num == 0
 
 
+def test_batches_of_other_sizes_than_the_example_are_told_at_the_first() -> None:
+    qat = QuantizationAwareTraining(start=0.9)
+    message = r"quantize\.lengths: expected batches of the sizes .*\(N, 1, 10, 10\) float32, got \(N, 1, 8, 8\) float32"
+    with pytest.warns(UserWarning, match=message):
+        _fit(Module(lambda batch: batch, example=torch.zeros(2, 1, 10, 10)), loader(), qat, max_steps=1)
+
+
 @pytest.mark.parametrize("arguments", [PTQ, LSQ, {"start": 0.5}])
 @pytest.mark.parametrize(
     ("data", "split", "inputs"),

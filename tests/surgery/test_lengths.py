@@ -123,4 +123,21 @@ def test_lengths_survive_a_checkpoint() -> None:
     given = (Length(1, 2, 9), Length(2, inputs=(0, 1)))
     read = read_lengths(json.loads(json.dumps(write_lengths(given))))
     assert [dynamic_shapes([torch.ones(2, 3, 4)] * 2, read)[1].keys()] == [{0, 1, 2}]
-    assert read == (given[0], Length(2, inputs=[0, 1]))
+    assert read == given == (given[0], Length(2, inputs=[0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("other", "held"),
+    [
+        (Length(1, 2, 9), True),
+        (Length(1, 3, 8), True),
+        (Length(1, 1, 9), False),
+        (Length(1, 2, 10), False),
+        (Length(1, 2), False),
+        (Length(2, 2, 9), False),
+        (Length(1, 2, 9, [0]), False),
+    ],
+)
+def test_a_length_holds_the_sizes_within_it(other: Length, held: bool) -> None:
+    assert Length(1, 2, 9).holds(other) == held
+    assert Length(other.dimension, inputs=other.inputs).holds(other)

@@ -140,6 +140,7 @@ def test_what_a_hook_has_frozen_stays_so_through_a_resume(step: int, tmp_path: P
         run.fit(module, resumable(), ckpt_path=tmp_path / f"step_{step}.ckpt" if resumes else None)
         assert isinstance(module.net, Captured)
         assert torch.equal(module.net.get_buffer("body.1.running_mean"), torch.zeros(8))
+        assert {"body.1", "body.3"} <= set(module.net.frozen)
         states.append(module.state_dict())
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name

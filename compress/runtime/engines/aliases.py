@@ -13,7 +13,7 @@ __all__ = ["attribute", "constants_of", "owned", "storages"]
 
 
 def owned(outputs: Iterable[Any], inputs: Sequence[Any], constants: Collection[int] = ()) -> list[Any]:
-    """Copy those outputs that lie in the memory of an input, a constant or an output before them, or have rows in one.
+    """Copy outputs that share memory with an input, a constant or an output before them, or within themselves.
 
     Whoever writes to an output changes nothing else then: of a constant it would be the model, for good.
 
@@ -26,12 +26,18 @@ def owned(outputs: Iterable[Any], inputs: Sequence[Any], constants: Collection[i
     found = []
     for value in outputs:
         place = value.untyped_storage().data_ptr()
-        if place in taken or place in constants or 0 in value.stride():
+        if place in taken or place in constants or _overlaps(value):
             value = value.clone()
         else:
             taken.add(place)
         found.append(value)
     return found
+
+
+def _overlaps(value: Tensor) -> bool:
+    """Say whether a tensor shows an element of its memory more than once."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride()))
+    return span < value.numel()
 
 
 def storages(values: Iterable[Tensor]) -> frozenset[int]:

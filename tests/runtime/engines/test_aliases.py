@@ -32,7 +32,7 @@ class Views(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         y, num = self.linear(x), x.shape[0]
         constants = [self.shared.expand(num, 3), self.row.expand(num, 5), (self.row * 2).expand(num, 5)]
-        return y, *constants, x, x[:, 1:], y.view(-1, 2, 2), y[:, :2], y
+        return y, *constants, x, x[:, 1:], y.view(-1, 2, 2), y[:, :2], y, y.unfold(1, 2, 1)
 
 
 @pytest.fixture(scope="module")
