@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +20,7 @@ __all__ = ["check_buffers", "fill", "may_overlap"]
 
 
 def check_buffers(out: Any, manifest: Manifest, kind: str, num: int) -> list[Any]:
-    """Return buffers in the order of the outputs once each takes its output of a batch.
+    """Return buffers in the order of the outputs, without gradients, once each takes its output of a batch.
 
     Args:
         out: Array or tensor; of an artefact whose outputs come in a tuple or dict, one of them for each, in a tuple,
@@ -30,12 +30,19 @@ def check_buffers(out: Any, manifest: Manifest, kind: str, num: int) -> list[Any
         num: Samples in the batch.
 
     Raises:
-        ArtifactError: when number, names, kind, shape or dtype is not the outputs', or one cannot be written.
+        ArtifactError: when number, names, kind, shape or dtype is not the outputs', one cannot be written, or two lie
+            in the same memory.
     """
     buffers = [out] if manifest.structure is None else _in_order(out, manifest)
     for place, buffer in enumerate(buffers):
         _check(buffer, manifest, place, kind, num)
-    return buffers
+    for first, second in combinations(range(len(buffers)), 2):
+        if _shared(buffers[first], buffers[second]):
+            raise ArtifactError(
+                f"{_where(manifest, second)}: expected memory of its own, got some of {_where(manifest, first)}. Make "
+                "one for each output."
+            )
+    return [buffer if isinstance(buffer, np.ndarray) else buffer.detach() for buffer in buffers]
 
 
 def may_overlap(inputs: Sequence[Any], buffers: Sequence[Any]) -> bool:
@@ -130,6 +137,21 @@ def _overlap(x: Any, out: Any) -> bool:
     if read is not None or written is not None:
         return False
     return bool(x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr())
+
+
+def _shared(first: Any, second: Any) -> bool:
+    """Say whether two buffers have a value in common."""
+    one, other = _array(first), _array(second)
+    if one is not None and other is not None:
+        return np.may_share_memory(one, other) and np.shares_memory(one, other)
+    # Of a GPU's memory only where both begin and end is looked at.
+    spans = [(value.data_ptr(), value.data_ptr() + _num_bytes(value)) for value in (first, second)]
+    return bool(first.device == second.device and max(spans)[0] < min(end for _, end in spans))
+
+
+def _num_bytes(value: Any) -> int:
+    """Return the length of the memory from a tensor's first value to its last."""
+    return int((1 + sum((size - 1) * step for size, step in zip(value.shape, value.stride()))) * value.element_size())
 
 
 def _memory(value: Any) -> np.ndarray | None:

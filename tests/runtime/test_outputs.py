@@ -15,6 +15,7 @@ import torch
 from compress.errors import ArtifactError
 from compress.export import export_artifact
 from compress.runtime import CompactModel, load, read_manifest
+from compress.runtime.buffers import _shared
 from compress.runtime.classes import check_classes
 from compress.runtime.manifest import Manifest, TensorSpec, manifest_text, parse_manifest
 from compress.surgery.capture import export_program
@@ -148,6 +149,30 @@ def test_each_batch_size_has_its_engine() -> None:
 def test_buffers_that_do_not_fit_are_named(structure: str | None, out: Any, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         twice(structure)(rows(2), out=out)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy])
+def test_buffers_lie_apart(kind: Callable[[np.ndarray], Any]) -> None:
+    model, x, wide = twice(), kind(rows(2)), kind(np.zeros((2, 4), np.float32))
+    model(x, out=(wide[:, :3], wide[:, 3]))  # columns of one array: no value in common
+    assert wide[:, 3].tolist() == rows(2).sum(1).tolist()
+    assert wide[:, :3].tolist() == (rows(2) * 2).tolist()
+    message = r"out\['sums'\]: expected memory of its own, got some of out\['logits'\]"
+    for out in ((wide[:, :3], wide[:, 2]), {"sums": wide[0, :2], "logits": wide[:, 1:]}):
+        with pytest.raises(ArtifactError, match=message):
+            model(x, out=out)
+
+
+def test_tensors_elsewhere_lie_apart_where_one_ends_before_the_other_begins() -> None:
+    flat = torch.empty(10, device="meta")
+    assert _shared(flat[:6], flat[5:])
+    assert not _shared(flat[:6:5], flat[6:])
+
+
+def test_a_buffer_may_be_one_that_requires_a_gradient() -> None:
+    out = (torch.zeros(9, 3, requires_grad=True), torch.zeros(9, requires_grad=True))
+    assert twice()(torch.from_numpy(rows(9)), out=out) is out
+    np.testing.assert_array_equal(out[1].detach(), rows(9).sum(1))
 
 
 @pytest.mark.parametrize("made", BOTH)
