@@ -175,8 +175,6 @@ def _artifact(path: str) -> Path:
 
 
 def _array(file: str) -> np.ndarray:
-    from zipfile import BadZipFile
-
     import numpy as np
 
     try:
@@ -184,5 +182,5 @@ def _array(file: str) -> np.ndarray:
         if not isinstance(array, np.ndarray):
             raise ValueError("an archive of several")
         return array
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # of a damaged file numpy raises anything
         raise RunError(f"{file}: expected an array saved by numpy.save, got {error}. Give a .npy file.") from error

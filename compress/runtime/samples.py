@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -130,7 +128,7 @@ def _array(path: Path, manifest: Manifest) -> Iterator[Batch]:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
         if not isinstance(array, np.ndarray):
             raise ValueError("an archive of several")
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except Exception as error:  # of a damaged file numpy raises anything
         raise DataError(f"{path}: expected an array saved by numpy.save, got {error}. Save one.") from error
     if array.ndim == 0 or len(array) == 0:
         raise DataError(f"{path}: expected a sample in each row, got an array of shape {array.shape}. Save some.")
@@ -173,7 +171,7 @@ def _arrays(path: Path, manifest: Manifest) -> Iterator[Batch]:
             raise ValueError("one array")
         with opened as archive:
             arrays = {name: np.asarray(archive[name]) for name in archive.files}
-    except (OSError, ValueError, EOFError, BadZipFile, zlib.error) as error:
+    except Exception as error:  # zipfile as well
         raise DataError(f"{path}: expected arrays saved by numpy.savez, got {error}. Save {wanted}.") from error
     if set(arrays) != {spec.name for spec in manifest.inputs}:
         raise DataError(f"{path}: expected arrays named {wanted}, got {', '.join(arrays) or 'none'}. Save these.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from compress.errors import CompressError
+from compress.cli.artifacts import _array
+from compress.errors import CompressError, DataError, RunError
 from compress.runtime import load, read_samples
 from compress.runtime.manifest import Manifest, TensorSpec
 from tests.export.programs import artifact, quantized
@@ -137,6 +140,43 @@ def test_what_cannot_be_read_is_named(
     with pytest.raises(CompressError) as caught:
         read(path.parent if "/" in name else path, manifest)
     assert message in str(caught.value)
+
+
+def saved(save: Callable[..., None], array: np.ndarray) -> bytearray:
+    buffer = io.BytesIO()
+    save(buffer, array)
+    return bytearray(buffer.getvalue())
+
+
+def unclosed() -> bytearray:
+    """Return an array whose header lacks the end of its shape."""
+    return saved(np.save, np.ones((5, 6))).replace(b"(5, 6), }", b"(5, 6   (")
+
+
+def zipped(place: int, value: int) -> bytearray:
+    """Return an archive with another value at a place of its directory and, two bytes before, of the file's head."""
+    content = saved(np.savez, np.ones((5, 6)))
+    content[content.index(b"PK\1\2") + place] = content[place - 2] = value
+    return content
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.npy", unclosed()),
+        ("a.npy", saved(np.savez, np.ones((5, 6)))),
+        ("a.npz", zipped(8, 1)),  # encrypted
+        ("a.npz", zipped(10, 99)),  # compressed in a way that nobody knows
+        ("a.npz", zipped(6, 200)),  # by a version of later days
+        ("a.npz", saved(np.savez, np.ones((5, 6)))[:-30]),
+    ],
+)
+def test_damaged_arrays_are_named(name: str, content: bytearray, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"{name}: expected (an array|arrays) saved by numpy\.save"):
+        read(tmp_path / name, taking(6))
+    with pytest.raises(RunError, match=rf"{name}: expected an array saved by numpy\.save"):
+        _array(str(tmp_path / name))
 
 
 def test_images_of_another_size_or_depth_are_named(tmp_path: Path) -> None:
