@@ -28,6 +28,7 @@ __all__ = [
     "loosen_views",
     "rewritten",
     "spare_inputs",
+    "weight_bytes",
     "widen_single_channels",
 ]
 
@@ -68,6 +69,18 @@ def input_specs(program: ExportedProgram) -> tuple[TensorSpec, ...]:
         }
         specs.append(TensorSpec(node.name, dtype_name(node.name, value), shape, ranges))
     return tuple(specs)
+
+
+def weight_bytes(program: ExportedProgram) -> int:
+    """Return how many bytes a program's weights and constants take; those that share memory, as tied ones, count once.
+
+    Example:
+        >>> weight_bytes(export_program(torch.nn.Linear(3, 2), [torch.ones(2, 3)]))
+        32
+    """
+    values = [*program.state_dict.values(), *program.constants.values()]
+    tensors = {(value.data_ptr(), value.nbytes) for value in values if isinstance(value, torch.Tensor)}
+    return sum(size for _, size in tensors)
 
 
 def dtype_name(name: str, value: torch.Tensor) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from compress.errors import ExportSkippedError, MissingPackageError, first_line
-from compress.export.graph import flatten_attention, rewritten
+from compress.export.graph import flatten_attention, rewritten, weight_bytes
 from compress.export.onnx_graph import rewrite
 from compress.surgery.lengths import lengths_of
 from compress.surgery.recurrent import kept_whole
@@ -45,8 +45,7 @@ def translate(program: ExportedProgram, *, target: str, rewrite: Callable[[Model
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingPackageError("onnxscript") from error
-    tensors = [*program.state_dict.values(), *program.constants.values()]
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, torch.Tensor))
+    size = weight_bytes(program)
     if size > _LARGEST:
         raise ExportSkippedError(
             f"{target}: expected at most {_LARGEST:,} bytes of weights, got {size:,}. Leave the target out."

@@ -14,7 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from compress.export.graph import largest_batch, loosen_views
+from compress.export.graph import largest_batch, loosen_views, weight_bytes
 from compress.export.passes.activations import fuse_activations
 from compress.export.passes.constants import fold_constants
 from compress.export.passes.duplicates import merge_duplicates
@@ -57,7 +57,7 @@ class GraphSize:
 
     Args:
         nodes: Operators of its graph.
-        bytes: Of its weights and constants, in memory.
+        bytes: Of its weights and constants, in memory; those that share it count once.
         macs: Multiply-accumulates of one sample, of typical sizes where these vary.
     """
 
@@ -120,14 +120,13 @@ def graph_size(program: ExportedProgram) -> GraphSize:
         >>> graph_size(export_program(torch.nn.Linear(3, 2), [torch.ones(2, 3)]))
         GraphSize(nodes=1, bytes=32, macs=6)
     """
-    tensors = [*program.state_dict.values(), *program.constants.values()]
     args, _ = program.example_inputs
     graph_module = program.module(check_guards=False)
     assert isinstance(graph_module, GraphModule)
     loosen_views(graph_module)  # multiply-accumulates are counted on other kernels than those of capture
     return GraphSize(
         nodes=sum(node.op == "call_function" for node in program.graph.nodes),
-        bytes=sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)),
+        bytes=weight_bytes(program),
         macs=macs(Captured(graph_module), [tensor[:1] for tensor in args]),
     )
 

@@ -322,3 +322,16 @@ def test_a_quantised_program_says_the_same() -> None:
     with torch.no_grad():
         wanted = trained.program.module(check_guards=False)(trained.inputs)
         torch.testing.assert_close(cleaned.module(check_guards=False)(trained.inputs), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_tied_weights_count_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embed(tokens).mean(1))
+
+    assert graph_size(export_program(Tied().eval(), [torch.randint(20, (4, 5))])).bytes == 20 * 8 * 4
