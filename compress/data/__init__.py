@@ -5,7 +5,7 @@ from compress.data.cifar10 import CIFAR10
 from compress.data.digits import Digits
 from compress.data.fashion_mnist import FashionMNIST
 from compress.data.keyed import KeyedDataset, KeyedSampler, keyed_loader, keyed_uniform
-from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
+from compress.data.samples import SplitDataModule, TensorDataModule, TensorSplit, TensorSplits, tensor_datasets
 from compress.data.sst2 import SST2
 from compress.data.text import Tokenizer
 from compress.data.ucr import UCR
@@ -24,6 +24,7 @@ __all__ = [
     "KeyedDataset",
     "KeyedSampler",
     "SplitDataModule",
+    "TensorDataModule",
     "TensorSplit",
     "TensorSplits",
     "Tokenizer",

@@ -16,7 +16,7 @@ from compress.data.keyed import KeyedSampler, split_keys
 from compress.data.loader import ResumableLoader, Tensors
 from compress.errors import DataError, RecipeError
 
-__all__ = ["SplitDataModule", "TensorSplit", "TensorSplits", "tensor_datasets"]
+__all__ = ["SplitDataModule", "TensorDataModule", "TensorSplit", "TensorSplits", "tensor_datasets"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,24 @@ class SplitDataModule(LightningDataModule):
     def _in_order(self, name: str) -> DataLoader:
         self.setup()
         return ResumableLoader(self._splits[name], batch_size=self.batch_size)
+
+
+class TensorDataModule(SplitDataModule):
+    """A ``SplitDataModule`` of tensors as they are; a subclass says in ``load`` where they come from."""
+
+    @abstractmethod
+    def load(self) -> TensorSplits:
+        """Return all samples.
+
+        Raises:
+            DataError: when they are missing or malformed; the message says what to do.
+        """
+
+    def datasets(self) -> dict[str, Tensors]:
+        """Return the three splits."""
+        splits = self.load()
+        self.labels = list(splits.classes)
+        return tensor_datasets(splits)
 
 
 def tensor_datasets(splits: TensorSplits) -> dict[str, Tensors]:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import torch
 
-from compress.data.loader import Tensors
-from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
+from compress.data.samples import TensorDataModule, TensorSplit, TensorSplits
 from compress.data.splits import stratified_split
 from compress.data.text import Tokenizer
 from compress.errors import DataError, RecipeError
@@ -21,7 +20,7 @@ _FILES = {"train": "train.tsv", "val": "dev.tsv", "test": "test.tsv"}
 _HUB_SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
-class SST2(SplitDataModule):
+class SST2(TensorDataModule):
     """Sentences of film reviews, negative or positive: 6,920 to train, 872 to validate, 1,821 to test.
 
     Source: Socher et al. 2013, *Recursive deep models for semantic compositionality over a sentiment treebank*, EMNLP.
@@ -90,12 +89,6 @@ class SST2(SplitDataModule):
             name: TensorSplit(tokenize(sentences), torch.tensor(labels)) for name, (sentences, labels) in read.items()
         }
         return TensorSplits(**splits, classes=_CLASSES)
-
-    def datasets(self) -> dict[str, Tensors]:
-        """Return the three splits."""
-        splits = self.load()
-        self.labels = list(splits.classes)
-        return tensor_datasets(splits)
 
 
 def _find(root: str | None) -> Path | None:

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compress.data.loader import Tensors
-from compress.data.samples import SplitDataModule, TensorSplit, TensorSplits, tensor_datasets
+from compress.data.samples import TensorDataModule, TensorSplit, TensorSplits
 from compress.data.splits import stratified_split
 from compress.errors import DataError, RecipeError
 
@@ -22,7 +21,7 @@ _SUFFIXES = (".tsv", ".ts")
 _LAYOUTS = ("NLC", "NCL")
 
 
-class UCR(SplitDataModule):
+class UCR(TensorDataModule):
     """Univariate time series of one length, each standardised by its own mean and deviation, in some classes.
 
     Source: Dau et al. 2019, *The UCR time series archive*, arXiv:1810.07758. ECG5000 has 500 series of 140 steps to
@@ -97,12 +96,6 @@ class UCR(SplitDataModule):
             )
         rest, val = stratified_split(train.targets.numpy(), self.num_val, seed=self.seed)
         return TensorSplits(train=train.take(rest), val=train.take(val), test=test, classes=classes)
-
-    def datasets(self) -> dict[str, Tensors]:
-        """Return the three splits."""
-        splits = self.load()
-        self.labels = list(splits.classes)
-        return tensor_datasets(splits)
 
 
 def standardise(series: np.ndarray) -> np.ndarray:

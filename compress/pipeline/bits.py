@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import islice
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
-from compress.errors import RecipeError, RunError
+from compress.errors import RecipeError
 from compress.measure.bits import save_bits
 from compress.measure.results import Bits
 from compress.pipeline.judging import device_of, judge, validation
@@ -62,7 +60,9 @@ def measure_layers(
     measured_on = f"{fingerprint_module(network)}, {num_batches} batches"
     before = read_bits(run)
     if before is not None and before.measured_on != measured_on:
-        run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
+        run.console.print(
+            f"{run.json_file(_NAME)}: expected a measurement of this network, got another's. It is measured anew."
+        )
         before = None
     rehearsed = callback.rehearse(copy.deepcopy(network), inputs)
     if isinstance(rehearsed, Captured):
@@ -135,16 +135,4 @@ def read_bits(run: RunDirectory) -> Bits | None:
     Raises:
         RunError: when the file is another one.
     """
-    if not _file(run).exists():
-        return None
-    try:
-        return Bits(**json.loads(_file(run).read_text()))
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
-        raise RunError(
-            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
-            f"Delete it and measure again: compress sensitivity {run.path}"
-        ) from error
-
-
-def _file(run: RunDirectory) -> Path:
-    return run.path / f"{_NAME}.json"
+    return run.read_measurement(_NAME, Bits)

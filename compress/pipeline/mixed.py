@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,7 +15,7 @@ from torch import Tensor, nn
 
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
-from compress.errors import RecipeError, RunError
+from compress.errors import RecipeError
 from compress.export.calls import engine_call, repeat_samples
 from compress.export.passes import clean_up
 from compress.measure.latency import Latency, measure_latency
@@ -134,15 +132,7 @@ def read_mixed(run: RunDirectory) -> Mixed | None:
     Raises:
         RunError: when the file is another one.
     """
-    if not _file(run).exists():
-        return None
-    try:
-        return Mixed(**json.loads(_file(run).read_text()))
-    except (ValueError, TypeError) as error:
-        raise RunError(
-            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
-            "Delete it and measure again."
-        ) from error
+    return run.read_measurement(_NAME, Mixed)
 
 
 def _choose(
@@ -286,7 +276,9 @@ def _training_inputs(run: RunDirectory, num_batches: int) -> list[tuple[Tensor, 
 def _found(run: RunDirectory, measured_on: str) -> Mixed | None:
     before = read_mixed(run)
     if before is not None and before.measured_on != measured_on:
-        run.console.print(f"{_file(run)}: expected a measurement of this network, got another's. It is measured anew.")
+        run.console.print(
+            f"{run.json_file(_NAME)}: expected a measurement of this network, got another's. It is measured anew."
+        )
         return None
     return before
 
@@ -310,7 +302,3 @@ def _tell(run: RunDirectory, result: Mixed) -> None:
     run.write_json(_LAYERS, layers)
     words = f'--quantize.layers "$(cat {run.path / _LAYERS}.json)"'
     run.console.print(f"to train with them: {words}", soft_wrap=True, highlight=False)
-
-
-def _file(run: RunDirectory) -> Path:
-    return run.path / f"{_NAME}.json"

@@ -7,11 +7,11 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_only
@@ -28,6 +28,8 @@ from compress.surgery import History, load_snapshot
 from compress.surgery.lengths import read_lengths
 
 __all__ = ["HANDLERS", "RunDirectory", "create_run", "open_run"]
+
+Measurement = TypeVar("Measurement")
 
 HANDLERS = {"prune": replay_prune, "quantize": replay_quantize}
 
@@ -72,22 +74,47 @@ class RunDirectory:
         """Return the full checkpoint from which a phase of the fit goes on."""
         return self.path / "checkpoints" / f"{phase}.last.ckpt"
 
+    def json_file(self, name: str) -> Path:
+        """Return the path of ``name.json``."""
+        return self.path / f"{name}.json"
+
     def read_json(self, name: str) -> Any:
         """Return the content of ``name.json``.
 
         Raises:
             RunError: when the step that writes it has not been done.
         """
-        path = self.path / f"{name}.json"
+        path = self.json_file(name)
         if not path.exists():
             raise RunError(
                 f"{path}: expected the result of an earlier step, got none. Run 'compress {name} {self.path}'."
             )
         return json.loads(path.read_text())
 
+    def read_measurement(self, name: str, make: Callable[..., Measurement]) -> Measurement | None:
+        """Return what ``name.json`` holds of a measurement, finished or not; none where there is no such file.
+
+        Args:
+            name: Of the measurement.
+            make: Makes it from the file's values by their names.
+
+        Raises:
+            RunError: when the file is another one.
+        """
+        path = self.json_file(name)
+        if not path.exists():
+            return None
+        try:
+            return make(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise RunError(
+                f"{path}: expected a measurement of this version, got {type(error).__name__}: {error}. "
+                f"Delete it and measure again: compress sensitivity {self.path}"
+            ) from error
+
     def write_json(self, name: str, content: Any) -> None:
         """Write ``name.json``, under a temporary name first."""
-        path = self.path / f"{name}.json"
+        path = self.json_file(name)
         temporary = path.with_suffix(".tmp")
         temporary.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(content, indent=1))

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -112,16 +111,7 @@ def read_sensitivity(run: RunDirectory) -> Sensitivity | None:
     Raises:
         RunError: when the file is another one.
     """
-    if not _file(run).exists():
-        return None
-    try:
-        saved = json.loads(_file(run).read_text())
-        return Sensitivity(**{name: value for name, value in saved.items() if name != "measured_on"})
-    except (ValueError, AttributeError, TypeError) as error:
-        raise RunError(
-            f"{_file(run)}: expected a measurement of this version, got {type(error).__name__}: {error}. "
-            f"Measure again: compress sensitivity {run.path}"
-        ) from error
+    return run.read_measurement(_NAME, lambda *, measured_on=None, **saved: Sensitivity(**saved))
 
 
 def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitivity:
@@ -179,7 +169,7 @@ def _measure(run: RunDirectory, stage: str, ratios: Sequence[float]) -> Sensitiv
             )
         except KeyboardInterrupt:
             num_done = int(progress.tasks[bar].completed)
-            run.console.print(f"{num_done} of {num_points} points are kept in {_file(run)}", soft_wrap=True)
+            run.console.print(f"{num_done} of {num_points} points are kept in {run.json_file(_NAME)}", soft_wrap=True)
             raise
     result = read_sensitivity(run)
     assert result is not None
@@ -191,7 +181,9 @@ def _found(run: RunDirectory, measured_on: Mapping[str, str]) -> dict[str, list[
     try:
         earlier = read_sensitivity(run)
     except RunError:
-        run.console.print(f"{_file(run)}: expected an earlier measurement, got another file. It is measured anew.")
+        run.console.print(
+            f"{run.json_file(_NAME)}: expected an earlier measurement, got another file. It is measured anew."
+        )
         return {}
     if earlier is None:
         return {}
@@ -199,16 +191,12 @@ def _found(run: RunDirectory, measured_on: Mapping[str, str]) -> dict[str, list[
     changed = [name for name, value in measured_on.items() if before.get(name) != value]
     if changed:
         run.console.print(
-            f"{_file(run)}: expected a measurement with the same {' and '.join(changed)}, got one with others. "
-            "It is measured anew.",
+            f"{run.json_file(_NAME)}: expected a measurement with the same {' and '.join(changed)}, got one with "
+            "others. It is measured anew.",
             soft_wrap=True,
         )
         return {}
     return earlier.curves
-
-
-def _file(run: RunDirectory) -> Path:
-    return run.path / f"{_NAME}.json"
 
 
 def _scores(

@@ -21,7 +21,7 @@ from compress.prune.observations import Observations, Witness
 from compress.prune.planner import replay_prune
 from compress.prune.recalibrate import recalibrate
 from compress.prune.removal import Doomed, Removal, doomed_slices, push, silence
-from compress.prune.schedules import Timetable, timetable
+from compress.prune.schedules import Timetable, last_point, timetable
 from compress.surgery import Edit, History, ModelEditor, history_of
 from compress.surgery.editor import example_inputs, progress, whole_inputs
 from compress.surgery.samples import blaming_samples
@@ -127,7 +127,7 @@ class StructuredPruning(ModelEditor):
     @property
     def last_edit(self) -> float:
         """Progress of the fit at which the last units go."""
-        return self.end if isinstance(self.schedule, str) else float(self.schedule[-1][0])
+        return last_point(self.schedule, self.end)
 
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
         """Remove what the edit does not keep."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from compress.errors import RecipeError
 
-__all__ = ["SCHEDULES", "Timetable", "cosine", "cubic", "linear", "one_shot", "timetable"]
+__all__ = ["SCHEDULES", "Timetable", "cosine", "cubic", "last_point", "linear", "one_shot", "timetable"]
 
 Timetable = list[tuple[float, float]]
 """For each edit the progress of the fit at which it is due, and the fraction of the final ratio reached with it."""
@@ -120,6 +120,16 @@ def timetable(
         return [(start, 1.0)]
     number, gap = _spacing(num_edits, start, end, steps, epochs, where)
     return [(start + index * gap, SCHEDULES[schedule]((index + 1) / number)) for index in range(number)]
+
+
+def last_point(schedule: str | Sequence[Sequence[float]], end: float) -> float:
+    """Return the progress of the fit after which nothing is edited any more.
+
+    Example:
+        >>> last_point("cubic", 0.6), last_point([[0.1, 0.5], [0.3, 1.0]], 0.6)
+        (0.6, 0.3)
+    """
+    return end if isinstance(schedule, str) else float(schedule[-1][0])
 
 
 def _points(points: Sequence[Sequence[float]], where: str) -> Timetable:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback
 from torch import Tensor, nn
 
 from compress.errors import EditError, RecipeError
 from compress.prune.masks import global_masks, magnitude_mask, nm_mask, parse_pattern, sparse_weights
-from compress.prune.schedules import Timetable, timetable
+from compress.prune.schedules import Timetable, last_point, timetable
 from compress.surgery import Edit
-from compress.surgery.editor import find_network, progress
+from compress.surgery.editor import NetworkCallback, progress
 from compress.surgery.relink import check_strategy
 from compress.surgery.slicing import slice_tensor
 from compress.surgery.timeline import length
@@ -27,7 +26,7 @@ log = logging.getLogger(__name__)
 _SCOPES = ("layer", "global")
 
 
-class WeightSparsity(Callback):
+class WeightSparsity(NetworkCallback):
     """Make weights zero by magnitude during a fit, on any LightningModule; shapes stay.
 
     Masks are drawn anew at the scheduled points and held after each optimiser step, so masked weights are exactly zero
@@ -68,6 +67,7 @@ class WeightSparsity(Callback):
         ignore: Sequence[str] | None = None,
         attribute: str = "student",
     ) -> None:
+        super().__init__(attribute)
         self.pattern = pattern
         self._grid = parse_pattern(pattern)
         if ratio is not None and self._grid is not None:
@@ -84,7 +84,6 @@ class WeightSparsity(Callback):
         self.end = end
         self.num_edits = num_edits
         self.ignore = ignore
-        self.attribute = attribute
         self._done = 0
         self._share = 0.0
         self._masks: dict[str, Tensor] = {}
@@ -95,15 +94,7 @@ class WeightSparsity(Callback):
     @property
     def last_edit(self) -> float:
         """Progress of the fit at which masks are drawn for the last time."""
-        return self.end if isinstance(self.schedule, str) else float(self.schedule[-1][0])
-
-    def network(self, pl_module: pl.LightningModule) -> nn.Module:
-        """Return the network whose weights become sparse.
-
-        Raises:
-            EditError: when the module has no such attribute.
-        """
-        return find_network(pl_module, self.attribute, who=type(self).__name__)
+        return last_point(self.schedule, self.end)
 
     def rehearse(self, network: nn.Module) -> None:
         """Look for layers to make sparse, so that what would fail in mid-fit fails now.

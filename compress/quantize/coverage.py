@@ -125,6 +125,7 @@ class _Counted:
 
 
 def _linear(args: Sequence[Any], output: Tensor) -> int:
+    """The second argument's last size is what is summed over: a weight's of linear, a factor's of addmm."""
     return output.numel() * int(args[1].shape[-1])
 
 
@@ -138,10 +139,6 @@ def _transposed(args: Sequence[Any], output: Tensor) -> int:
 
 def _matmul(args: Sequence[Any], output: Tensor) -> int:
     return output.numel() * int(args[0].shape[-1])
-
-
-def _addmm(args: Sequence[Any], output: Tensor) -> int:
-    return output.numel() * int(args[1].shape[-1])
 
 
 def _attention(args: Sequence[Any], output: Tensor) -> int:
@@ -187,8 +184,8 @@ _COUNTED: dict[Any, _Counted] = {
     _aten.matmul.default: _Counted(_matmul, _first_two, _DATA),
     _aten.bmm.default: _Counted(_matmul, _first_two, _DATA),
     _aten.mm.default: _Counted(_matmul, _first_two, _DATA),
-    _aten.addmm.default: _Counted(_addmm, lambda node: node.args[1:3], _DATA),
-    _aten.baddbmm.default: _Counted(_addmm, lambda node: node.args[1:3], _DATA),
+    _aten.addmm.default: _Counted(_linear, lambda node: node.args[1:3], _DATA),
+    _aten.baddbmm.default: _Counted(_linear, lambda node: node.args[1:3], _DATA),
     _aten.einsum.default: _Counted(_einsum, _nothing, _DATA),
     _aten.scaled_dot_product_attention.default: _Counted(_attention, _nothing, _WHOLE),
     _aten.lstm.input: _Counted(_recurrent, weights_of, _KEPT),

@@ -20,7 +20,16 @@ from compress.surgery.relink import check_strategy, relink_trainer
 from compress.surgery.slicing import Slices, apply_slices
 from compress.surgery.timeline import progress
 
-__all__ = ["ModelEditor", "example_inputs", "find_network", "history_of", "inputs_of", "progress", "whole_inputs"]
+__all__ = [
+    "ModelEditor",
+    "NetworkCallback",
+    "example_inputs",
+    "find_network",
+    "history_of",
+    "inputs_of",
+    "progress",
+    "whole_inputs",
+]
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +112,26 @@ def find_network(pl_module: pl.LightningModule, attribute: str, *, who: str) -> 
     return original(network)
 
 
-class ModelEditor(Callback):
+class NetworkCallback(Callback):
+    """Base of the callbacks that work on a network of a LightningModule.
+
+    Args:
+        attribute: Name of the LightningModule's attribute that holds the network.
+    """
+
+    def __init__(self, attribute: str = "student") -> None:
+        self.attribute = attribute
+
+    def network(self, pl_module: pl.LightningModule) -> nn.Module:
+        """Return that network, without ``torch.compile``'s wrapper.
+
+        Raises:
+            EditError: when the module has no such attribute.
+        """
+        return find_network(pl_module, self.attribute, who=type(self).__name__)
+
+
+class ModelEditor(NetworkCallback):
     """Base of the callbacks that change a network's structure.
 
     A subclass says what an edit of its ``kind`` does (``apply``), and calls ``edit`` when one is due. Checkpoints
@@ -114,9 +142,6 @@ class ModelEditor(Callback):
     """
 
     kind: str
-
-    def __init__(self, attribute: str = "student") -> None:
-        self.attribute = attribute
 
     @abstractmethod
     def apply(self, network: nn.Module, edit: Edit) -> nn.Module:
@@ -153,14 +178,6 @@ class ModelEditor(Callback):
         relink_trainer(trainer, pl_module, before, slices)
         check_ranks(trainer, pl_module)
         return edit
-
-    def network(self, pl_module: pl.LightningModule) -> nn.Module:
-        """Return the network that this callback edits, without ``torch.compile``'s wrapper.
-
-        Raises:
-            EditError: when the module has no such attribute.
-        """
-        return find_network(pl_module, self.attribute, who=type(self).__name__)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Arrange that a checkpoint's history is replayed before its weights are loaded.
