@@ -18,7 +18,7 @@ examples:
   compress run digits --prune.ratio 0.3 --seed 1         a shipped recipe by name, two keys overridden
   compress run digits --print_config                     the recipe with all its defaults, as YAML
   compress run --resume runs/digits/2026-01-01_12-00-00  go on with a run that was stopped
-  compress cache-teacher digits                          a run's first step alone: store what its teacher says
+  compress cache-teacher digits                          a run's first step alone: store the teacher's outputs
   compress sensitivity digits                            what pruning or quantising each layer would cost
   compress export RUN_DIR --export.targets '[eager]'     one step again, with other settings
   compress convert ARTIFACT --target openvino            add a target from the artefact's portable program

@@ -39,7 +39,7 @@ def fit(options: argparse.Namespace, rest: list[str], console: Console) -> None:
 
 
 def cache_teacher(options: argparse.Namespace, rest: list[str], console: Console) -> None:
-    """Begin a run by storing what its teacher says."""
+    """Begin a run by storing its teacher's outputs."""
     from compress.pipeline import RunDirectory, cache_teacher
 
     opened = _open(options, rest if options.keys else [*rest, "--teacher.cache", "true"], console)
