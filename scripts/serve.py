@@ -36,7 +36,7 @@ from compress.errors import ArtifactError, CompressError
 from compress.measure.machine import describe_machine
 from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.engines import ENGINES, engines_for
-from compress.runtime.examples import example_sizes
+from compress.runtime.examples import example_sizes, largest_sizes
 from compress.runtime.inputs import check_rows, preprocess
 from compress.runtime.loading import why_left_out
 from compress.runtime.manifest import Manifest, check_file, check_files, preprocesses_text, read_manifest
@@ -50,7 +50,6 @@ _SERVED = "COMPRESS_SERVED"
 _VALUE_BYTES = 32  # of a float64 as JSON writes it, with a comma and a blank or two
 _LEAST_BYTES = 1_000_000  # of the longest body, however small the input: it takes some hundredths of a second
 _PATIENCE = 5  # seconds, after which a process that was told to stop is ended
-_OF_TYPICAL = 16  # a size without a limit of its own may be this much beyond the typical one
 
 
 class Query(BaseModel):
@@ -232,14 +231,7 @@ def stops() -> Iterator[None]:
 def longest_body(manifest: Manifest) -> int:
     """Return how many bytes a request may have: what the largest sample takes as numbers of full length, or 1 MB."""
     steps = manifest.preprocessing or {}
-    if preprocesses_text(steps):
-        return max(_LEAST_BYTES, _VALUE_BYTES * steps["length"])
-    spec = manifest.inputs[0]
-    largest = {dimension: allowed.largest for dimension, allowed in spec.ranges.items()}
-    sizes = zip(spec.shape[1:], example_sizes(spec))
-    num = math.prod(
-        size or largest.get(place) or _OF_TYPICAL * typical for place, (size, typical) in enumerate(sizes, 1)
-    )
+    num = steps["length"] if preprocesses_text(steps) else math.prod(largest_sizes(manifest.inputs[0]))
     return max(_LEAST_BYTES, _VALUE_BYTES * num)
 
 

@@ -13,9 +13,10 @@ from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest, TensorSpec
 from compress.runtime.sizes import described
 
-__all__ = ["example_call", "example_sizes"]
+__all__ = ["example_call", "example_sizes", "largest_sizes"]
 
 _ANY = 8  # with a single pixel or step most networks do not run, and torch takes one for a constant
+_OF_TYPICAL = 16  # a size without a limit of its own may be this much beyond the typical one
 _MOST = 2**30  # values of a sample, 4 GiB in float32: a volume of 1024 x 1024 x 1024
 
 
@@ -23,6 +24,19 @@ def example_sizes(spec: TensorSpec) -> tuple[int, ...]:
     """Return an input's sizes beyond the batch; where any goes, and none is typical, it is eight."""
     typical = {dimension: allowed.typical for dimension, allowed in spec.ranges.items()}
     return tuple(size or typical.get(dimension, _ANY) for dimension, size in enumerate(spec.shape[1:], 1))
+
+
+def largest_sizes(spec: TensorSpec) -> tuple[int, ...]:
+    """Return an input's largest sizes beyond the batch; where any goes, sixteen times the typical one.
+
+    Example:
+        >>> from compress.runtime.manifest import Range
+        >>> largest_sizes(TensorSpec("x", "float32", (None, 3, None), {2: Range("size2", 2, 9, 4)}))
+        (3, 9)
+    """
+    largest = {dimension: allowed.largest for dimension, allowed in spec.ranges.items()}
+    sizes = enumerate(zip(spec.shape[1:], example_sizes(spec)), 1)
+    return tuple(size or largest.get(dimension) or _OF_TYPICAL * typical for dimension, (size, typical) in sizes)
 
 
 def example_call(engine: Engine, manifest: Manifest, batch: int) -> Callable[[], Sequence[Any]]:
