@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import tempfile
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -74,19 +73,17 @@ def gpus() -> list[str]:
     return [*names, os.environ.get("CUDA_VISIBLE_DEVICES", "")]
 
 
-def user_cache() -> Path:
-    """Return the folder of what this machine has found out: ``$COMPRESS_CACHE`` or ``~/.cache/compress``."""
+def user_cache() -> Path | None:
+    """Return the folder of what this machine has found out: ``$COMPRESS_CACHE`` or ``~/.cache/compress``.
+
+    A user without a home has none: what is found out is lost then, or kept with what it was found out for.
+    """
     if named := os.environ.get("COMPRESS_CACHE"):
         return Path(named)
     try:
         return Path.home() / ".cache" / "compress"
-    except RuntimeError:  # a user without a home
-        return _for_this_process()
-
-
-@cache
-def _for_this_process() -> Path:
-    return Path(tempfile.mkdtemp(prefix="compress-"))
+    except RuntimeError:
+        return None
 
 
 def _cpuinfo(key: str) -> str:

@@ -55,7 +55,7 @@ def teaching(run: RunDirectory) -> Teaching:
     live = _live(run, network)
     if not spec.cache:
         return Teaching(live, run.recipe.data)
-    return Teaching(*stored_outputs(run, live, user_cache() / "outputs"))
+    return Teaching(*stored_outputs(run, live, (user_cache() or run.path) / "outputs"))
 
 
 def cache_teacher(run: RunDirectory) -> None:
@@ -81,7 +81,8 @@ def _network(run: RunDirectory) -> nn.Module:
             load_weights(spec.model, spec.checkpoint, key="teacher.checkpoint")
         save_snapshot(kept, spec.model, History())
     key = _key(run)
-    shared = user_cache() / "teachers" / f"{key}.pt" if key else None
+    folder = user_cache()
+    shared = folder / "teachers" / f"{key}.pt" if key and folder else None
     if not kept.exists() and shared is not None and shared.exists():
         run.console.print(f"teacher: trained by an earlier run of this recipe, taken from {shared}", soft_wrap=True)
         _copy(shared, kept)

@@ -89,10 +89,11 @@ def load(
 
     reasons = {name: reason for name in wanted if (reason := why_left_out(name, manifest, trusted=trusted))}
     able = [name for name in wanted if name not in reasons]
-    memory = Memory([signed.signature["sha256"], able], able, num_threads)
-    times, failed = memory.read() if len(able) > 1 and not measure_again else ({}, [])
-    with memory.alone() if len(able) > 1 and not times else nullcontext():
-        if not times and not measure_again:
+    # One alone is not measured, and needs no folder.
+    memory = Memory([signed.signature["sha256"], able], able, num_threads) if len(able) > 1 else None
+    times, failed = memory.read() if memory and not measure_again else ({}, [])
+    with memory.alone() if memory and not times else nullcontext():
+        if memory and not times and not measure_again:
             times, failed = memory.read()  # another process may have measured meanwhile
         reasons |= dict.fromkeys(failed, "it did not run when it was measured here")
         able = [name for name in able if name not in failed]
@@ -103,7 +104,7 @@ def load(
         if again or len(loaded) < len(winners):  # what could not be loaded before can now, or the other way round
             others = [name for name in able if name not in (*winners, *unmeasured)]
             times, loaded = {}, loaded | again | load_each(others, make, reasons)
-        if not times and len(loaded) > 1:
+        if memory and not times and len(loaded) > 1:
             times, fails = measure(loaded, manifest)
             reasons |= fails
             loaded = {name: run for name, run in loaded.items() if name not in fails}

@@ -41,6 +41,8 @@ class Memory:
 
     def read(self) -> tuple[Times, list[str]]:
         """Return what was measured, and the engines that did not run then; nothing where that cannot be read."""
+        if self._file is None:
+            return {}, []
         try:
             content = json.loads(self._file.read_bytes())
             times = {int(size): {str(k): float(v) for k, v in row.items()} for size, row in content.items()}
@@ -55,10 +57,10 @@ class Memory:
         return {size: {n: ms for n, ms in row.items() if n not in failed} for size, row in times.items()}, failed
 
     def write(self, times: Times) -> None:
-        """Keep what was measured, where the folder can be written."""
+        """Keep what was measured, where there is a folder and it can be written."""
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            for file in {self._file, self._file_now()}:  # measuring has imported torch, maybe
+            for file in filter(None, {self._file, self._file_now()}):  # measuring has imported torch, maybe
+                file.parent.mkdir(parents=True, exist_ok=True)
                 temporary = file.with_suffix(f".{os.getpid()}")
                 temporary.write_text(json.dumps(times))
                 os.replace(temporary, file)
@@ -79,6 +81,8 @@ class Memory:
                 handle.close()
 
     def _locked(self) -> IO[str] | None:
+        if self._file is None:
+            return None
         try:
             import fcntl
 
@@ -97,8 +101,11 @@ class Memory:
         handle.close()
         return None
 
-    def _file_now(self) -> Path:
+    def _file_now(self) -> Path | None:
+        folder = user_cache()
+        if folder is None:
+            return None
         torch = sys.modules.get("torch")
         threads = torch.get_num_threads() if torch and not self._asked else None
         key = hashlib.sha256(json.dumps([*self._what, threads], sort_keys=True).encode()).hexdigest()[:32]
-        return user_cache() / "engines" / f"{key}.json"
+        return folder / "engines" / f"{key}.json"

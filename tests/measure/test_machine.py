@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compress.measure import machine
-from compress.measure.machine import cpu_flags, describe_machine, has_bf16, has_cuda, versions
+from compress.measure.machine import cpu_flags, describe_machine, has_bf16, has_cuda, user_cache, versions
 
 
 def test_machine_is_described_in_json() -> None:
@@ -38,6 +38,17 @@ def test_flags_are_the_kernels() -> None:
 def test_bfloat16_is_read_from_the_flags(flags: set[str], has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "cpu_flags", lambda: flags)
     assert has_bf16() == has
+
+
+def test_a_user_without_a_home_has_no_folder_unless_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("COMPRESS_CACHE", raising=False)
+    assert user_cache() is None
+    monkeypatch.setenv("COMPRESS_CACHE", "here")
+    assert user_cache() == Path("here")
 
 
 def test_hidden_gpus_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import shutil
+import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -184,6 +185,32 @@ def test_a_measurement_can_be_asked_for_again(timed: list[set[str]]) -> None:
     for again in (False, True, False):
         load(artifact(), measure_again=again)
     assert len(timed) == 2
+
+
+def test_a_user_without_a_home_or_a_temporary_folder_is_served(
+    timed: list[set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object, **__: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    artifact()
+    monkeypatch.delenv("COMPRESS_CACHE")
+    monkeypatch.setattr(Path, "home", none)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkdtemp", none)
+        assert load(artifact(), engine="onnxruntime").engine == "onnxruntime"
+    assert not timed
+    with warnings.catch_warnings(action="ignore"):  # OpenVINO asks for a home of its own
+        for _ in range(2):
+            assert load(artifact()).engine == "onnxruntime"
+    assert [names | {"openvino"} for names in timed] == [{*HERE, "openvino"}] * 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_alone_asks_for_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "Memory", None)
+    assert load(artifact(), engine="onnxruntime").engine == "onnxruntime"
 
 
 def test_two_at_once_measure_in_turn(timed: list[set[str]]) -> None:

@@ -19,9 +19,8 @@ def make(path: Path, num_threads: int | None) -> ONNXRuntimeEngine:
 
     TensorRT builds an engine in the first calls, which takes up to minutes; it is kept in the user's cache folder.
     """
-    options = {
-        "trt_int8_enable": "1",
-        "trt_engine_cache_enable": "1",
-        "trt_engine_cache_path": str(user_cache() / "tensorrt" / sha256(path)[:32]),
-    }
+    options = {"trt_int8_enable": "1"}
+    if folder := user_cache():
+        kept = folder / "tensorrt" / sha256(path)[:32]
+        options |= {"trt_engine_cache_enable": "1", "trt_engine_cache_path": str(kept)}
     return open_session(path, num_threads, ("TensorrtExecutionProvider", options), CUDA)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from compress.errors import EditError, RecipeError
 from compress.prune import Anatomy, score_groups, study
 from compress.prune.allocation import Candidate, Target, fit_to_target, make_cost
-from compress.prune.allocation.latency import LatencyCost, cost, layers, preferred_multiple, table
+from compress.prune.allocation.latency import LatencyCost, cost, layers, preferred_multiple, store, table
 from compress.prune.allocation.latency.layers import Layer
 from compress.prune.allocation.latency.store import Store
 from compress.prune.allocation.latency.table import NOTHING, TimedWork
@@ -150,10 +150,19 @@ def test_store_keeps_what_others_wrote_and_survives_damage() -> None:
     two.save()
     assert Store("eager", None).layers == {"a": 1.0, "b": 2.0}
     assert Store("eager", 1).layers == {}
+    assert one.path is not None
     one.path.write_text('{"layers": {"a": -1, "b": "x"}, "networks": []}')
     assert Store("eager", None).layers == {}
     one.path.write_text("{")
     assert Store("eager", None).networks == {}
+
+
+def test_a_user_without_a_home_has_a_store_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "user_cache", lambda: None)
+    one = Store("eager", None)
+    one.layers["a"] = 1.0
+    one.save()
+    assert (one.path, one.layers, Store("eager", None).layers) == (None, {"a": 1.0}, {})
 
 
 def times(layer: TimedWork, ms: dict[tuple[int, int], float]) -> dict[str, float]:

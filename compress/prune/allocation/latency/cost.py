@@ -87,7 +87,7 @@ class LatencyCost:
 
     def _watch(self, drift: float) -> None:
         """Say that milliseconds of now are not those of the store."""
-        if abs(drift - 1) > _DRIFT and not self._drifted:
+        if self._store.path is not None and abs(drift - 1) > _DRIFT and not self._drifted:
             self._drifted = True
             log.warning(
                 "prune.target: the network takes %.2f times what it took when this machine was first measured; "

@@ -44,7 +44,7 @@ class Store:
         threads: Threads of a call.
 
     Attributes:
-        path: The file.
+        path: The file, or ``None`` for a user without a home.
         layers: Milliseconds by a layer's key.
         networks: Milliseconds by a hash of a network's graph and sizes.
     """
@@ -52,13 +52,16 @@ class Store:
     def __init__(self, engine: str, threads: int | None) -> None:
         self._about = {"engine": engine, "threads": threads, "machine": describe_machine()}
         key = hashlib.sha256(json.dumps(self._about, sort_keys=True).encode()).hexdigest()[:16]
-        self.path = user_cache() / "latency" / f"{engine}-{key}.json"
+        folder = user_cache()
+        self.path = folder / "latency" / f"{engine}-{key}.json" if folder else None
         self.layers: dict[str, float] = {}
         self.networks: dict[str, float] = {}
         self._merge()
 
     def save(self) -> None:
         """Write what has been measured."""
+        if self.path is None:
+            return
         self._merge()
         content = {**self._about, "layers": self.layers, "networks": self.networks}
         try:
@@ -71,6 +74,8 @@ class Store:
 
     def _merge(self) -> None:
         """Take in what the file holds and this process has not measured itself."""
+        if self.path is None:
+            return
         try:
             content: Any = json.loads(self.path.read_text())
         except (OSError, ValueError):  # none yet, or a damaged one

@@ -117,7 +117,7 @@ def measure_layers(layers: Iterable[Layer], store: Store, engine: str, threads: 
     # So that a machine that slows down does not slow down one layer's row.
     random.Random(0).shuffle(order)
     if order:
-        log.info("prune: measuring %d layers on %s, kept in %s", len(order), engine, store.path)
+        log.info("prune: measuring %d layers on %s, kept in %s", len(order), engine, store.path or "no file")
     with _progress(len(order)) as advance, tempfile.TemporaryDirectory() as folder:
         for chunk in (order[first : first + _CHUNK] for first in range(0, len(order), _CHUNK)):
             calls = {key: LAYER_CALLS[engine](missing[key], Path(folder), threads) for key in chunk}
