@@ -10,7 +10,7 @@ from compress.errors import MissingPackageError
 from compress.runtime.engines.aliases import attribute, constants_of, owned
 
 if TYPE_CHECKING:
-    from torch.fx import GraphModule
+    from torch.fx import GraphModule, Node
 
 __all__ = ["PACKAGES", "EagerEngine", "fold_constants", "make"]
 
@@ -50,7 +50,7 @@ def fold_constants(graph_module: GraphModule) -> GraphModule:
     """Compute once what depends on weights alone: mostly int8 weights back into floats.
 
     Args:
-        graph_module: From an exported program, without random operators; changed in place.
+        graph_module: From an exported program; changed in place. What is drawn is drawn anew at each call.
 
     Returns:
         The same module.
@@ -63,7 +63,7 @@ def fold_constants(graph_module: GraphModule) -> GraphModule:
         for node in graph.nodes:
             if node.op == "get_attr":
                 known[node] = attribute(graph_module, str(node.target))
-            elif node.op == "call_function" and node.all_input_nodes and all(n in known for n in node.all_input_nodes):
+            elif _is_fixed(node) and all(n in known for n in node.all_input_nodes):
                 args, kwargs = torch.fx.map_arg((node.args, node.kwargs), known.__getitem__)
                 known[node] = node.target(*args, **kwargs)
     for index, (node, value) in enumerate(known.items()):
@@ -86,3 +86,11 @@ def make(path: Path, num_threads: int | None) -> EagerEngine:
     if num_threads is not None:
         torch.set_num_threads(num_threads)
     return EagerEngine(path)
+
+
+def _is_fixed(node: Node) -> bool:
+    """Say whether what a node gives depends on its inputs, and on nothing else."""
+    import torch
+
+    tags = getattr(node.target, "tags", ())
+    return node.op == "call_function" and bool(node.all_input_nodes) and torch.Tag.nondeterministic_seeded not in tags

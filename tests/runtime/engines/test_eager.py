@@ -34,6 +34,23 @@ def test_what_depends_on_weights_alone_is_computed_once() -> None:
     }
 
 
+def test_what_is_drawn_is_drawn_at_each_call() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weight", torch.ones(3))
+            self.weight: Tensor
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + torch.rand_like(self.weight * 2) * self.weight
+
+    inputs = torch.zeros(5, 3)
+    folded = fold_constants(export_program(Noisy().eval(), [inputs]).module(check_guards=False))
+    assert not torch.equal(folded(inputs), folded(inputs))
+    products = [node for node in folded.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 1  # that of weights alone is computed once
+
+
 def test_integers_become_floats_at_loading() -> None:
     engine = EagerEngine(artifact() / "program.pt2")
     plain = torch.export.load(artifact() / "program.pt2").module(check_guards=False)
