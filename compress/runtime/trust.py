@@ -133,10 +133,22 @@ def _key(*, make: bool) -> bytes | None:
         if make and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             temporary = file.with_name(f"{file.name}.{os.getpid()}.{secrets.token_hex(4)}")
-            with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
-                handle.write(secrets.token_bytes(32))
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, file)  # the first of two processes wins, and its key is whole
-            temporary.unlink()
+            try:
+                with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+                    handle.write(secrets.token_bytes(32))
+                _put(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
         return file.read_bytes() or None
     return None
+
+
+def _put(temporary: Path, file: Path) -> None:
+    """Give a key its place: the first of two processes wins, and its key is whole."""
+    try:
+        os.link(temporary, file)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links, where two at the same moment are not told apart
+        if not file.exists():
+            os.replace(temporary, file)

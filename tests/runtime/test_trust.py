@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -82,6 +83,26 @@ def test_a_key_is_made_once_for_its_owner_alone(copy: Path, tmp_path: Path, monk
     sign(copy)
     assert (key.read_bytes(), len(made)) == (made, 32)
     assert is_ours(copy)
+
+
+def test_a_key_is_made_where_there_are_no_hard_links(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: Path) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setenv("COMPRESS_KEY", str(tmp_path / "keys" / "key"))
+    monkeypatch.setattr(os, "link", none)
+    sign(copy)
+    key = tmp_path / "keys" / "key"
+    assert [file.name for file in key.parent.iterdir()] == ["key"]
+    assert (stat.S_IMODE(key.stat().st_mode), key.stat().st_size) == (0o600, 32)
+    assert is_ours(copy)
+    key.unlink()
+    monkeypatch.setattr(os, "replace", none)
+    sign(copy)
+    assert not list(key.parent.iterdir())
+    assert not is_ours(copy)
 
 
 def test_where_no_key_can_be_kept_an_artefact_is_from_elsewhere(
