@@ -248,6 +248,11 @@ def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
         path = directory / name
         try:
             if path.resolve().parent != directory.resolve():
+                if path.is_symlink() and Path(name).name == name:
+                    raise ArtifactError(
+                        f"{path}: expected files inside the artefact, got a link to one outside. Copy it with what its "
+                        "links lead to; from the Hugging Face hub, download it with local_dir=."
+                    )
                 raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
             if not path.is_file():
                 raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
