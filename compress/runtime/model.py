@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -190,6 +190,12 @@ class CompactModel:
     def threads(self) -> int:
         """Threads of one call, with a single sample."""
         return self._runs[self.engine].threads
+
+    def __reduce__(self) -> NoReturn:
+        raise ArtifactError(
+            f"{self.manifest.name}: expected a model that stays in its process, got one to copy or to pickle. Load the "
+            "artefact in each process."
+        )
 
     def __repr__(self) -> str:
         several = f", engines_by_batch={self.engines_by_batch}" if len(self._runs) > 1 else ""

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import pickle
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,12 @@ def test_integers_beyond_the_table_are_refused(engine: str, tokens: Path) -> Non
             with pytest.raises(ArtifactError, match=message):
                 call()
     assert '"num_rows"' not in (artifact() / "manifest.json").read_text()
+
+
+def test_a_model_stays_in_its_process() -> None:
+    for copy in (deepcopy, pickle.dumps):
+        with pytest.raises(ArtifactError, match=r"doubling: expected a model that stays .* in each process\."):
+            copy(doubling())
 
 
 class Doubling:
