@@ -33,7 +33,7 @@ from pydantic import BaseModel, field_validator
 
 import compress
 from compress.errors import ArtifactError, CompressError
-from compress.measure.machine import describe_machine
+from compress.measure.machine import describe_machine, most_threads
 from compress.runtime.classes import check_classes, check_scores, scores
 from compress.runtime.engines import ENGINES, engines_for
 from compress.runtime.examples import example_sizes, largest_sizes
@@ -263,7 +263,7 @@ def _check_numbers(options: argparse.Namespace) -> None:
         ("max_batch_size", 2, math.inf, 32),
         ("batch_timeout", 0, 60, 0.002),
         ("workers", 1, math.inf, 1),
-        ("threads", 1, math.inf, 1),
+        ("threads", 1, most_threads(), 1),
         ("max_body_mb", 1e-3, 1e6, 1),
     ):
         number = getattr(options, name)

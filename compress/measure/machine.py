@@ -9,7 +9,17 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-__all__ = ["cpu_flags", "describe_machine", "gpus", "has_bf16", "has_cuda", "has_vnni", "user_cache", "versions"]
+__all__ = [
+    "cpu_flags",
+    "describe_machine",
+    "gpus",
+    "has_bf16",
+    "has_cuda",
+    "has_vnni",
+    "most_threads",
+    "user_cache",
+    "versions",
+]
 
 _PACKAGES = ["torch", "pytorch-lightning", "torchao", "torch-pruning", "onnx", "numpy"]
 _PACKAGES += ["onnxruntime", "onnxruntime-gpu", "openvino", "executorch", "apache-tvm", "ai-edge-litert"]
@@ -25,6 +35,14 @@ def describe_machine() -> dict[str, str | int]:
         "python": platform.python_version(),
         **versions(),
     }
+
+
+def most_threads() -> int:
+    """Return how many threads one call may have: four for each processor, and 16 where there are few.
+
+    Libraries start as many as they are told, at loading: thousands take seconds, and each its stack.
+    """
+    return max(16, 4 * (os.cpu_count() or 1))
 
 
 def versions() -> dict[str, str]:

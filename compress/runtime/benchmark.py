@@ -9,6 +9,7 @@ from typing import Any
 
 from compress.errors import ArtifactError
 from compress.measure.latency import Latency, measure_latency, progress_bar
+from compress.measure.machine import most_threads
 from compress.runtime.dispatch import able
 from compress.runtime.engines import Engine
 from compress.runtime.manifest import Manifest
@@ -42,10 +43,11 @@ def measure_engines(
         median, and the last says why an engine did not run such a batch, where it has no values.
 
     Raises:
-        ArtifactError: when a batch size or a number of threads is not positive, or a batch larger than the files take.
+        ArtifactError: when a batch size or a number of threads is not positive, a batch larger than the files take, or
+            there are more threads than ``load`` takes.
     """
     _check("batch_sizes", batch_sizes, manifest.max_batch)
-    _check("threads", [num for num in threads if num is not None], None)
+    _check("threads", [num for num in threads if num is not None], most_threads())
     rows: list[dict[str, Any]] = []
     num_steps = len(threads) * len(batch_sizes)
     with progress_bar(progress, "measuring latency") as show:

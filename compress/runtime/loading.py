@@ -11,7 +11,7 @@ from math import inf
 from pathlib import Path
 
 from compress.errors import ArtifactError
-from compress.measure.machine import has_cuda
+from compress.measure.machine import has_cuda, most_threads
 from compress.runtime.dispatch import choose, load_each, measure
 from compress.runtime.engines import (
     ENGINES,
@@ -56,19 +56,21 @@ def load(
         engine: A name, or ``"auto"``: the engines that can run here are measured once, interleaved, at a few batch
             sizes, and each batch is served by the fastest at the nearest of them; one engine serves all where it is
             within 3 % of the others. What was measured is remembered for this machine and artefact.
-        num_threads: Threads of one call; for torch's engines this sets the number for the whole process.
+        num_threads: Threads of one call, at most four for each processor, or 16; for torch's engines this sets the
+            number for the whole process.
         trust: Let files run code though the artefact was built elsewhere: you know who made it.
         measure_again: Measure the engines though that has been done here: the machine was busy then, say.
 
     Raises:
-        ArtifactError: when the artefact is damaged, or has no engine that can run here.
+        ArtifactError: when the artefact is damaged, has no engine that can run here, or an argument cannot be.
     """
     directory = Path(path)
     if device not in ("auto", "cpu", "cuda"):
         raise ArtifactError(f"device: expected 'auto', 'cpu' or 'cuda', got {device!r}. Use 'auto'.")
-    if num_threads is not None and (type(num_threads) is not int or num_threads < 1):
+    if num_threads is not None and (type(num_threads) is not int or not 1 <= num_threads <= most_threads()):
         raise ArtifactError(
-            f"num_threads: expected a whole number of at least 1, got {num_threads!r}. Leave it out for the default."
+            f"num_threads: expected a whole number from 1 to {most_threads()}, got {num_threads!r}. Leave it out for "
+            "the default."
         )
     signed, checked = _read_checked(directory)
     manifest, trusted = signed.manifest, signed.ours or trust

@@ -107,7 +107,8 @@ def test_torch_has_its_threads_back() -> None:
     [
         ({"batch_sizes": (0,)}, "batch_sizes: expected numbers of at least 1 and at most 64, got 0"),
         ({"batch_sizes": (65,)}, "at most 64, got 65"),
-        ({"threads": (0,)}, "threads: expected numbers of at least 1, got 0"),
+        ({"threads": (0,)}, "threads: expected numbers of at least 1 and at most .*, got 0"),
+        ({"threads": (2, 10**4)}, "threads: expected numbers of at least 1 and at most .*, got 10000"),
         ({"threads": (2, 2)}, "threads: expected different numbers, got 2, 2"),
     ],
 )
