@@ -134,13 +134,15 @@ def check_rows(inputs: Sequence[Any], specs: Sequence[TensorSpec]) -> None:
         num = spec.num_rows
         if num is None or 0 in value.shape:
             continue
-        if isinstance(value, np.ndarray):  # what is negative is large without a sign: one look is enough
-            fits = value.view(f"u{value.itemsize}").max() < num
+        if isinstance(value, np.ndarray) or value.device.type == "cpu":
+            # What is negative is large without a sign: one look is enough.
+            numbers = value if isinstance(value, np.ndarray) else value.numpy()
+            fits = numbers.view(f"u{numbers.itemsize}").max() < num
         else:
             least, most = value.aminmax()
             fits = least >= 0 and most < num
         if not fits:
-            numbers = np.asarray(value if isinstance(value, np.ndarray) else value.cpu())
+            numbers = value if isinstance(value, np.ndarray) else value.cpu().numpy()
             wrong = (numbers < 0) | (numbers >= num)
             raise ArtifactError(
                 f"{spec.name}: expected whole numbers from 0 to {num - 1}, the rows of the network's table, got "
