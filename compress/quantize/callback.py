@@ -13,9 +13,10 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from compress.errors import CaptureError, DataError, EditError
+from compress.quantize.averaging import StatisticsAnew, is_swa_epoch, show_norms_to_swa
 from compress.quantize.batches import InputReader, training_batches
 from compress.quantize.calibrate import calibrate
-from compress.quantize.checks import check_precision, check_progress, check_settings, check_stages
+from compress.quantize.checks import check_precision, check_progress, check_settings, check_stages, check_training
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.parametrize import begin_rounding, freeze
@@ -185,6 +186,7 @@ class QuantizationAwareTraining(ModelEditor):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             check_precision(self.network(pl_module), self.attribute, str(trainer.precision))
+            show_norms_to_swa(trainer)
         if stage == "fit" and self.start == 1:
             trainer.callbacks = after_averages(self, trainer.callbacks)  # type: ignore[attr-defined]
 
@@ -195,11 +197,9 @@ class QuantizationAwareTraining(ModelEditor):
             EditError: when it is, and is to be trained in integers.
         """
         self._reader.begin()
-        if self.start < 1 and not self.network(pl_module).training:
-            raise EditError(
-                f"quantize: expected {self.attribute} in training mode, got it in evaluation, where ranges are not "
-                "learned, and a fit leaves modes as they are. Call its train() before the fit."
-            )
+        self._statistics = StatisticsAnew()
+        if self.start < 1:
+            check_training(self.network(pl_module), self.attribute)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -215,15 +215,24 @@ class QuantizationAwareTraining(ModelEditor):
             if self.start == 1:
                 return  # only the end counts, which a fit may have without a length
         now = progress(trainer)
-        due = self.start <= now and self.start < 1  # an epoch that SWA adds for BatchNorm lies beyond the end
+        due = self.start <= now and self.start < 1 and not is_swa_epoch(trainer)
         if due and not _is_quantized(pl_module) and batch_idx % trainer.accumulate_grad_batches == 0:
             self._quantize(trainer, pl_module, self._reader.readable(pl_module, batch))
         if _is_quantized(pl_module):
             network = self.network(pl_module)
-            self._frozen = now >= self.freeze_batchnorm
+            self._frozen = now >= self.freeze_batchnorm and not is_swa_epoch(trainer)
             freeze(network, self._frozen)
             self._set_rounding(network, now)
             self._set_bits(network, now)
+            if is_swa_epoch(trainer):
+                self._statistics.before(network)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Learn the statistics of weights that SWA has averaged."""
+        if is_swa_epoch(trainer) and _is_quantized(pl_module):
+            self._statistics.after(self.network(pl_module), several=trainer.world_size > 1)
 
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make ranges and BatchNorm statistics those of rank 0 on every rank, after each batch."""

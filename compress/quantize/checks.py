@@ -14,7 +14,7 @@ from compress.quantize.progressive import Stages
 from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import Scheme
 
-__all__ = ["check_precision", "check_progress", "check_settings", "check_stages"]
+__all__ = ["check_precision", "check_progress", "check_settings", "check_stages", "check_training"]
 
 
 def check_precision(network: nn.Module, attribute: str, precision: str) -> None:
@@ -41,6 +41,23 @@ def check_precision(network: nn.Module, attribute: str, precision: str) -> None:
                 f"quantize: expected {attribute} in float32, in which fake quantization computes, got {name!r} in "
                 f"{kind}. Call its float() before the fit. {do}"
             )
+
+
+def check_training(network: nn.Module, attribute: str) -> None:
+    """Make sure that a network that is to be trained in integers learns ranges.
+
+    Args:
+        network: When a fit begins, which leaves modes as they are.
+        attribute: The name of the LightningModule's attribute that holds it, for the error.
+
+    Raises:
+        EditError: when it is in evaluation.
+    """
+    if not network.training:
+        raise EditError(
+            f"quantize: expected {attribute} in training mode, got it in evaluation, where ranges are not "
+            "learned, and a fit leaves modes as they are. Call its train() before the fit."
+        )
 
 
 def check_progress(start: float, observe: float, freeze: float) -> None:

@@ -101,11 +101,17 @@ def freeze(network: nn.Module, frozen: bool) -> None:
     if isinstance(network, Captured):
         network.freeze_batchnorm = frozen
         return
+    module: Any
     for module in network.modules():
         if isinstance(module, _Rounded):
             module._ranges_frozen = frozen
-        elif frozen and isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.training = False
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training if frozen else _is_held(module)):
+            module.training, vars(module)["_held"] = not frozen, frozen
+
+
+def _is_held(norm: Any) -> bool:
+    """Say whether it was frozen here, and not by whoever wrote the network."""
+    return getattr(norm, "_held", False)
 
 
 def begin_rounding(network: nn.Module) -> bool:
