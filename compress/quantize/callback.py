@@ -145,8 +145,8 @@ class QuantizationAwareTraining(ModelEditor):
         """
         if self._trained is None:
             raise EditError(
-                "quantize: expected a finished fit to convert, got none, or one that had no step left to take. Call "
-                "trainer.fit first, with more epochs than its checkpoint has seen."
+                f"quantize: expected a finished fit that reached start={self.start:g}, got none, or one with no step "
+                "left to take. Call trainer.fit first, with more steps than its checkpoint or a fast_dev_run has seen."
             )
         network, edit = self._trained
         return deployed_form(network, example_tensors(edit), lengths=read_lengths(edit.data.get("lengths", ())))

@@ -256,6 +256,14 @@ def test_data_without_a_length_calibrate(end: dict[str, int]) -> None:
     assert history_of(module).count("quantize") == 1
 
 
+def test_a_trial_of_one_batch_ends_before_start_and_says_so() -> None:
+    callback = QuantizationAwareTraining(start=0.5)
+    with pytest.warns(UserWarning, match=r"quantize\.start: expected training to go beyond 0\.5 of its steps"):
+        trainer(fast_dev_run=True, callbacks=[callback]).fit(plain(), loader())
+    with pytest.raises(EditError, match=r"a finished fit that reached start=0\.5, got none, .* fast_dev_run has seen"):
+        _ = callback.converted
+
+
 def test_training_in_integers_says_that_a_loader_without_a_length_needs_steps() -> None:
     fit = trainer(max_epochs=2, callbacks=[QuantizationAwareTraining(start=0.5)])
     with pytest.raises(EditError, match=r"trainer\.max_steps: .* loader has no length .* 2 epochs .*Set max_steps"):
