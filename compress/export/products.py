@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch.export import ExportedProgram
-from torch.fx import Node
+from torch.fx import Node, map_arg
+from torch.utils.flop_counter import FlopCounterMode
 
 from compress.surgery.lengths import user_inputs
 
@@ -30,7 +31,10 @@ _TRANSPOSED = {
     _OPERATORS.conv_transpose2d.input,
     _OPERATORS.conv_transpose3d.input,
 }
-_MATRICES = {_OPERATORS.matmul.default, _OPERATORS.mm.default, _OPERATORS.bmm.default}
+_MATRICES = {_OPERATORS.matmul.default, _OPERATORS.mm.default, _OPERATORS.bmm.default, _OPERATORS.mv.default}
+_SUMMED = {_OPERATORS.addmm.default, _OPERATORS.baddbmm.default}
+# Made of other products, which their arguments tell.
+_COMPOSED = {_OPERATORS.einsum.default, _OPERATORS.tensordot.default, _OPERATORS.inner.default}
 RECURRENT = {_OPERATORS.lstm.input, _OPERATORS.gru.input, _OPERATORS.rnn_tanh.input, _OPERATORS.rnn_relu.input}
 # Values pass through these unchanged, only to other places.
 _VIEWS: tuple[str, ...] = (
@@ -52,7 +56,7 @@ _Sizes = Callable[[Any], tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Product:
-    """A convolution, a matrix product, attention's two products, or a recurrent layer.
+    """A convolution, a matrix product, as ``einsum`` makes them, too, attention's two products, or a recurrent layer.
 
     Args:
         name: Of its node.
@@ -82,7 +86,7 @@ def products(program: ExportedProgram) -> list[Product]:
             if macs:
                 quantized = all(_from_integers(factor) for factor in _factors(node))
                 # Quantised products with weights are linear, however they were written.
-                found.append(Product(node.name, macs, quantized, quantized and node.target in _MATRICES))
+                found.append(Product(node.name, macs, quantized, quantized and node.target in _MATRICES | _COMPOSED))
     return found
 
 
@@ -126,9 +130,19 @@ def _macs(node: Node, sizes: _Sizes) -> int:
         return prod(sizes(node.args[0])) * prod(sizes(node.args[1])[1:])
     if target in _CONVOLUTIONS or target is _OPERATORS.linear.default:
         return prod(sizes(node)) * prod(sizes(node.args[1])[1:])
-    if target in _MATRICES or target is _OPERATORS.addmm.default:
+    if target in _MATRICES | _SUMMED:
         return prod(sizes(node)) * sizes(_factors(node)[0])[-1]
-    return 0
+    if target is _OPERATORS.bilinear.default:
+        return prod(sizes(node)[:-1]) * prod(sizes(node.args[2]))
+    return _composed_macs(node, sizes) if target in _COMPOSED else 0
+
+
+def _composed_macs(node: Node, sizes: _Sizes) -> int:
+    """Count by running the operator on tensors without values."""
+    args = map_arg(node.args, lambda value: torch.empty(sizes(value), device="meta"))
+    with FlopCounterMode(display=False) as counter:
+        node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return counter.get_total_flops() // 2
 
 
 def _recurrent_macs(node: Node, sizes: _Sizes) -> int:
@@ -144,10 +158,12 @@ def _recurrent_weights(node: Node) -> list[Any]:
 def _factors(node: Node) -> list[Any]:
     if node.target in RECURRENT:  # what they are multiplied with becomes integers at run time
         return _recurrent_weights(node)
-    if node.target is _OPERATORS.addmm.default:
+    if node.target in _SUMMED:
         return list(node.args[1:3])
-    if node.target is _OPERATORS.scaled_dot_product_attention.default:
+    if node.target in (_OPERATORS.scaled_dot_product_attention.default, _OPERATORS.bilinear.default):
         return list(node.args[:3])
+    if node.target is _OPERATORS.einsum.default:
+        return list(node.args[1])  # type: ignore[arg-type]
     return list(node.args[:2])
 
 

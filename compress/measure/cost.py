@@ -6,6 +6,8 @@ import io
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +42,7 @@ def macs(network: nn.Module, inputs: Sequence[Tensor]) -> int:
         >>> macs(nn.Linear(3, 2), [torch.ones(1, 3)])
         6
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=_MORE)
     with kept_modes(network, training=False), torch.no_grad(), _without_fused_layers(), counter:
         network(*inputs)
     return counter.get_total_flops() // 2
@@ -77,6 +79,18 @@ def widths(network: nn.Module) -> dict[str, int]:
             else:
                 found[layer] = parameter.shape[0]
     return found
+
+
+def _matrix_vector(matrix: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _bilinear(first: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    return 2 * first[0] * prod(weight)
+
+
+# Floating-point operations of products that torch's counter does not know, from the shapes of their arguments.
+_MORE: dict[Any, Any] = {torch.ops.aten.mv: _matrix_vector, torch.ops.aten._trilinear: _bilinear}
 
 
 @contextmanager

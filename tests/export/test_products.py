@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -43,6 +45,38 @@ def test_weights_alone_are_not_enough() -> None:
 
     (product,) = products(export_program(Mixed(), [torch.randn(2, 3, 5)]))
     assert (product.macs, product.quantized) == (45, False)
+
+
+class Odd(nn.Module):
+    """A product that is written in another way than layers are."""
+
+    def __init__(self, run: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.run, self.weight, self.vector = run, nn.Parameter(torch.randn(4, 7)), nn.Parameter(torch.randn(16))
+        self.bilinear = nn.Bilinear(4, 3, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(self, x)
+
+
+@pytest.mark.parametrize(
+    ("run", "expected"),
+    [
+        (lambda own, x: torch.einsum("bcl,cd->bld", x, own.weight), 16 * 4 * 7),
+        (lambda own, x: torch.einsum("bcl,cd,ed->bel", x, own.weight, own.weight), 2 * 16 * 4 * 7),
+        (lambda own, x: torch.einsum("bcl,bcm->blm", x, x), 16 * 16 * 4),
+        (lambda own, x: torch.tensordot(x, own.weight, dims=([1], [0])), 16 * 4 * 7),
+        (lambda own, x: torch.inner(x[:, :, 0], own.weight.t()), 4 * 7),
+        (lambda own, x: torch.baddbmm(x[:, :, :4], x, x.transpose(1, 2)), 4 * 4 * 16),
+        (lambda own, x: own.bilinear(x[:, :, 0], x[:, :3, 1]), 5 * 4 * 3),
+        (lambda own, x: x @ own.vector, 4 * 16),
+    ],
+)
+def test_products_count_however_they_are_written(run: Callable[..., torch.Tensor], expected: int) -> None:
+    made, x = Odd(run).eval(), torch.randn(3, 4, 16)
+    (product,) = products(export_program(made, [x]))
+    assert product.macs == macs(made, [x[:1]]) == expected
+    assert not product.quantized
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ _INT8 = {
     "DynamicQuantizeMatMul",
     "DynamicQuantizeLSTM",
 }
-_FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU"}
+_FLOAT = {"Conv", "FusedConv", "Gemm", "MatMul", "FusedMatMul", "FusedGemm", "ConvTranspose", "LSTM", "GRU", "Einsum"}
 
 
 def build(program: ExportedProgram, path: Path) -> Census:
