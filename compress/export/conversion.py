@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from compress.errors import ArtifactError, ExportError
+from compress.errors import ArtifactError, ExportError, first_line
 from compress.export.arithmetic import recognise
 from compress.export.building import Job, announced, build_target
 from compress.export.gates import Gates
@@ -199,8 +199,13 @@ def _job(manifest: Manifest, source: Path, inputs: Sequence[Tensor] | None, seed
         check_outputs(found, manifest, _SOURCE)
         return arrange(found)
 
-    wanted = reference_outputs(reference, inputs)
-    others = other_sizes(reference, inputs, lengths)
+    try:
+        wanted, others = reference_outputs(reference, inputs), other_sizes(reference, inputs, lengths)
+    except (IndexError, RuntimeError) as error:  # of an operator
+        found = f"{notes['inputs']}, which it does not: {first_line(error)}"
+        raise ExportError(
+            f"inputs: expected some that the network takes, got {found}. Give others (--inputs)."
+        ) from error
     if manifest.scheme is not None:
         recognise(module)
     most = manifest.max_batch or LARGEST_BATCH

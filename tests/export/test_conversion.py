@@ -157,6 +157,26 @@ def test_where_random_inputs_fail_real_ones_are_asked_for(tmp_path: Path) -> Non
     assert "onnxruntime" in convert(tmp_path / "a", ["onnxruntime"], inputs=inputs).targets
 
 
+class Months(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = torch.nn.Embedding(12, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, month: torch.Tensor) -> torch.Tensor:
+        return self.head(self.table(month - 1))
+
+
+def test_inputs_that_the_network_does_not_take_are_one_error(tmp_path: Path) -> None:
+    reference, month = Months().eval(), torch.arange(1, 13)
+    program = export_program(reference, [month])
+    export_artifact(program, tmp_path / "a", targets=["eager"], reference=reference, held_out=[month])
+    with pytest.raises(ExportError, match=r"inputs: .*got random, seed 0, which it does not: .*\(--inputs\)"):
+        convert(tmp_path / "a", ["onnxruntime"])
+    with pytest.raises(ExportError, match="got given, which it does not"):
+        convert(tmp_path / "a", ["onnxruntime"], inputs=[month + 1])
+    assert "onnxruntime" in convert(tmp_path / "a", ["onnxruntime"], inputs=[month]).targets
+
+
 @pytest.mark.usefixtures("built_once")
 @pytest.mark.parametrize(
     ("targets", "arguments", "message"),
