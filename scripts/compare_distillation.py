@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from compress.files import write_json
 
 RECIPE = "recipes/fashion_mnist_kd.yaml"
 
@@ -77,9 +78,7 @@ def main() -> None:
             _compress("fit", folder, words)
             _test(folder)
     rows = _rows(options.runs)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, options.output)
+    write_json(options.output, rows)
     console.print(table(rows))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from rich.console import Console
+
+from compress.files import write_json
 
 RECIPE = "recipes/fashion_mnist_prune.yaml"
 BUDGET = ["--baseline", "false", "--data.init_args.num_train", "20000"]
@@ -53,9 +54,7 @@ def main() -> None:
         _compress("fit", folder, words)
         subprocess.run([sys.executable, "-m", "compress.cli", "test", str(folder)], check=True)
     rows = _rows(folders)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, options.output)
+    write_json(options.output, rows)
     _plot(rows, options.plot)
     console.print(table(rows))
 

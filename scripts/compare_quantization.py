@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import yaml
 from rich.console import Console
+
+from compress.files import write_json
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ def main() -> None:
             _fit(options.recipe, folder, [*words, "--seed", str(seed), *start, *own])
             _test(folder)
     rows = _rows(options.runs)
-    temporary = options.output.with_name(options.output.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1))
-    os.replace(temporary, options.output)
+    write_json(options.output, rows)
     _plot(rows, options.plot)
     console.print(table(rows))
 

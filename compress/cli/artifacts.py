@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -13,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from compress.cli.common import check_writable, no_more, quiet, write_text
+from compress.cli.common import check_writable, no_more, quiet
 from compress.cli.steps import step
 from compress.errors import RecipeError, RunError
+from compress.files import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,7 +82,7 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
     for text in (engines_note(rows, about), *engines_failed(rows), *said):
         console.print(text, soft_wrap=True)
     if options.json:
-        write_text(options.json, json.dumps({**about, "rows": rows}, indent=1))
+        write_json(options.json, {**about, "rows": rows})
     console.print(f"plot: {save_engines(rows, about, plot)}", soft_wrap=True)
 
 
@@ -158,7 +158,7 @@ def predict(options: argparse.Namespace, rest: list[str], console: Console) -> N
             best = [{"label": str(labels[index]), "probability": float(row[index])} for index in classes]
             found.append({"input": name, **best[0]} | ({"top": best} if options.top_k > 1 else {}))
     if options.json:
-        write_text(options.json, json.dumps(found, indent=1))
+        write_json(options.json, found)
         return
     table = Table("input", "label", "probability")
     for entry in found:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from compress.errors import RecipeError, RunError
 
-__all__ = ["check_writable", "no_more", "quiet", "write_text"]
+__all__ = ["check_writable", "no_more", "quiet"]
 
 
 def no_more(command: str, rest: list[str]) -> None:
@@ -42,14 +42,3 @@ def check_writable(option: str, file: str | None) -> None:
     path = Path(file)
     if (path.exists() and not path.is_file()) or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise RunError(f"{option}: expected a file in a folder that can be written, got {file}. Make the folder.")
-
-
-def write_text(file: str, text: str) -> None:
-    """Write a file; it appears whole or not at all."""
-    path = Path(file)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+
+from compress.files import replacing
 
 __all__ = ["repack"]
 
@@ -17,9 +18,11 @@ def repack(path: Path, change: Callable[[str, bytes], bytes] | None = None) -> N
         path: A ``.pt2`` file.
         change: Maps an entry's name and content to its new content.
     """
-    slim = path.with_name(f"{path.name}.slim")
-    with zipfile.ZipFile(path) as source, zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as target:
+    with (
+        replacing(path) as slim,
+        zipfile.ZipFile(path) as source,
+        zipfile.ZipFile(slim, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
         for entry in source.infolist():
             content = source.read(entry)
             target.writestr(entry.filename, content if change is None else change(entry.filename, content))
-    os.replace(slim, path)

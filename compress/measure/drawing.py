@@ -14,6 +14,8 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from compress.files import replacing
+
 __all__ = [
     "LIGHT",
     "NUM_SERIES",
@@ -126,13 +128,9 @@ def save_figure(figure: Figure, directory: str | os.PathLike[str], name: str) ->
     """
     paths = [Path(directory) / f"{name}.{kind}" for kind in ("png", "svg")]
     for path in paths:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            metadata = {"Date": None} if path.suffix == ".svg" else {}
+        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        with replacing(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:], dpi=160, metadata=metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
     return paths
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compress.errors import RunError
+from compress.files import replacing
 from compress.measure.drawing import LIGHT, NUM_SERIES, new_figure, style
 from compress.measure.units import as_count, as_ms
 
@@ -101,14 +101,8 @@ def save_engines(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any], fi
     check_picture(file)
     path = Path(file)
     kind = path.suffix[1:].lower()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with mpl.rc_context(style(LIGHT)):
-        figure = _draw(rows, about)
-        try:
-            figure.savefig(temporary, format=kind, dpi=160, metadata=_ENDS[kind])
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with mpl.rc_context(style(LIGHT)), replacing(path) as temporary:
+        _draw(rows, about).savefig(temporary, format=kind, dpi=160, metadata=_ENDS[kind])
     return path
 
 

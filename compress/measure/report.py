@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import RunError
+from compress.files import write_text
 from compress.measure.results import Bits, Gains, LatencyRow, Mixed, Report, Sensitivity, Stage, Target
 from compress.measure.table import report_table
 
@@ -48,12 +49,7 @@ def write_report(report: Report, directory: str | os.PathLike[str]) -> Path:
         "report.html": render_html(report),
     }
     for name, text in texts.items():
-        temporary = directory / f".{name}.{os.getpid()}"
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, directory / name)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_text(directory / name, text)
     return directory / "report.html"
 
 

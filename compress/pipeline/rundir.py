@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from compress.distill import read_batch
 from compress.errors import RunError
+from compress.files import write_json, write_text
 from compress.pipeline.preflight import preflight
 from compress.prune import replay_prune
 from compress.quantize import deployed_form, replay_quantize
@@ -113,12 +114,10 @@ class RunDirectory:
             ) from error
 
     def write_json(self, name: str, content: Any) -> None:
-        """Write ``name.json``, under a temporary name first."""
+        """Write ``name.json``; it appears whole or not at all."""
         path = self.json_file(name)
-        temporary = path.with_suffix(".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(content, indent=1))
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
 
     def network(self, stage: str) -> tuple[nn.Module, History]:
         """Rebuild the network of a stage from its snapshot, in eval mode on the CPU.
@@ -217,9 +216,7 @@ def create_run(
         preflight(built)
     directory.mkdir(parents=True, exist_ok=True)
     if text is not None:
-        temporary = directory / "recipe.yaml.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, directory / "recipe.yaml")
+        write_text(directory / "recipe.yaml", text)
     os.environ[_RANKS_SHARE] = str(directory.resolve())
     return RunDirectory(directory, built, console)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from compress.distill import LiveTeacher, OwnTeacher, ResponseLoss
 from compress.errors import RecipeError
+from compress.files import replacing
 from compress.measure.machine import user_cache
 from compress.pipeline.preflight import load_weights
 from compress.pipeline.rundir import RunDirectory
@@ -136,6 +136,5 @@ def _key(run: RunDirectory) -> str | None:
 
 def _copy(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)

@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from typing import IO, Any
 
+from compress.files import write_json
 from compress.measure.machine import describe_machine, gpus, user_cache
 from compress.runtime.dispatch import BUCKETS, Times
 
@@ -61,9 +62,7 @@ class Memory:
         try:
             for file in filter(None, {self._file, self._file_now()}):  # measuring has imported torch, maybe
                 file.parent.mkdir(parents=True, exist_ok=True)
-                temporary = file.with_suffix(f".{os.getpid()}")
-                temporary.write_text(json.dumps(times))
-                os.replace(temporary, file)
+                write_json(file, times)
         except OSError:
             pass  # a read-only home: measured again next time
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from compress.errors import EditError
+from compress.files import write_text
 
 __all__ = ["Edit", "Handler", "History", "replay"]
 
@@ -93,16 +93,14 @@ class History:
             ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write the history as JSON, under a temporary name first.
+        """Write the history as JSON; the file appears whole or not at all.
 
         Args:
             path: File to write, e.g. ``history.json``.
         """
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"format": _FORMAT, "version": _VERSION, "edits": self.to_list()}))
-        os.replace(temporary, path)
+        write_text(path, json.dumps({"format": _FORMAT, "version": _VERSION, "edits": self.to_list()}))
 
     @classmethod
     def load(cls, path: str | Path) -> History:

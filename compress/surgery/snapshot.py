@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from compress.errors import EditError
+from compress.files import replacing
 from compress.surgery.compiled import original
 from compress.surgery.history import Handler, History, replay
 
@@ -17,7 +17,7 @@ __all__ = ["load_snapshot", "save_snapshot"]
 
 
 def save_snapshot(path: str | Path, network: nn.Module, history: History) -> None:
-    """Write a network's history and weights, under a temporary name first, and its history again as JSON beside it.
+    """Write a network's history and weights, and its history again as JSON beside it; files appear whole or not at all.
 
     Args:
         path: File to write; the history of an edited network goes to ``<name>.history.json``, for ``rebuild``.
@@ -26,15 +26,14 @@ def save_snapshot(path: str | Path, network: nn.Module, history: History) -> Non
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
     state = {name: tensor.detach().cpu() for name, tensor in original(network).state_dict().items()}
-    torch.save({"history": history.to_list(), "state_dict": state}, temporary)
     beside = path.with_suffix(".history.json")
-    if len(history):
-        history.save(beside)
-    else:
-        beside.unlink(missing_ok=True)  # of an edited network that lay here before
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        torch.save({"history": history.to_list(), "state_dict": state}, temporary)
+        if len(history):
+            history.save(beside)
+        else:
+            beside.unlink(missing_ok=True)  # of an edited network that lay here before
 
 
 def load_snapshot(path: str | Path, network: nn.Module, handlers: Mapping[str, Handler]) -> tuple[nn.Module, History]:

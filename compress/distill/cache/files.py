@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ __all__ = [
     "differences",
     "digest",
     "read_chunk",
-    "write_json",
 ]
 
 VERSION = 1
@@ -67,10 +64,3 @@ def differences(expected: Mapping[str, Any], got: Mapping[str, Any]) -> list[str
         for name in names
         if expected.get(name) != got.get(name)
     ]
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file under a temporary name, then rename it."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)

@@ -22,9 +22,9 @@ from compress.distill.cache.files import (
     differences,
     digest,
     read_chunk,
-    write_json,
 )
 from compress.errors import DataError
+from compress.files import write_json, write_text
 
 __all__ = ["CacheWriter"]
 
@@ -172,9 +172,7 @@ class CacheWriter:
             if digest(content) == expected:
                 self._digests[view, start, stop] = expected
         kept = [json.dumps(self._header), *(json.dumps([*part, value]) for part, value in self._digests.items())]
-        temporary = journal.with_suffix(".tmp")
-        temporary.write_text("\n".join(kept) + "\n")
-        os.replace(temporary, journal)
+        write_text(journal, "\n".join(kept) + "\n")
 
     def _compare(self, header: Mapping[str, Any]) -> None:
         names = ("version", "fields", "num_samples", "num_views")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from compress.files import write_json
 from compress.measure.machine import describe_machine, user_cache
 
 __all__ = ["Store", "typical_ms"]
@@ -66,9 +66,7 @@ class Store:
         content = {**self._about, "layers": self.layers, "networks": self.networks}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(f".{os.getpid()}")
-            temporary.write_text(json.dumps(content, indent=1))
-            os.replace(temporary, self.path)
+            write_json(self.path, content)
         except OSError:
             pass  # a read-only home
 
