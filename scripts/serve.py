@@ -19,8 +19,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.managers import EventProxy
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,10 @@ Prediction = tuple[Any, np.ndarray] | Exception
 _SERVED = "COMPRESS_SERVED"
 _VALUE_BYTES = 32  # of a float64 as JSON writes it, with a comma and a blank or two
 _LEAST_BYTES = 1_000_000  # of the longest body, however small the input: it takes some hundredths of a second
+_WAITS = {
+    litserve.LitServer.verify_worker_status.__code__,
+    EventProxy.wait.__code__,
+}  # where LitServe's first process is
 _PATIENCE = 5  # seconds, after which a process that was told to stop is ended
 
 
@@ -206,7 +212,10 @@ def stops() -> Iterator[None]:
     """
     ours = os.getpid()
 
-    def stop(*_: object) -> None:
+    def stop(_: int, frame: Any) -> None:
+        if os.getpid() == ours and not any(at.f_code in _WAITS for at, _ in traceback.walk_stack(frame)):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)  # again soon: nobody would know a child that is half started
+            return
         # Once is enough, in a process that is on its way out; what was forked stops as if this were not here.
         signal.signal(signal.SIGTERM, signal.SIG_IGN if os.getpid() == ours else signal.SIG_DFL)
         if os.getpid() == ours:
@@ -214,13 +223,13 @@ def stops() -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGALRM, stop)
     try:
         yield
     except KeyboardInterrupt:
         pass  # before LitServe sees to it: while engines are loaded
     finally:
-        # LitServe's manager ends with this process, and tidies up.
-        children = [child for child in multiprocessing.active_children() if "Manager" not in child.name]
+        children = [child for child in multiprocessing.active_children() if "Manager" not in child.name]  # it tidies up
         for child in children:
             child.terminate()
         for child in children:
