@@ -53,8 +53,14 @@ def bench(options: argparse.Namespace, rest: list[str], console: Console) -> Non
     check_writable("--json", options.json)
     check_writable("--plot", plot)
     quiet()
-    from compress.measure.engines import check_picture, engines_failed, engines_note, engines_table, save_engines
     from compress.measure.machine import describe_machine
+    from compress.measure.reporting.engines import (
+        check_picture,
+        engines_failed,
+        engines_note,
+        engines_table,
+        save_engines,
+    )
     from compress.runtime import load
 
     check_picture(plot)
@@ -91,7 +97,7 @@ def _in_floats(path: Path, model: CompactModel) -> dict[str, Callable[[], Engine
     if model.manifest.scheme is None or "eager" not in model.engines:
         return {}
     from compress.export.unrounded import UnroundedEngine
-    from compress.measure.engines import FLOATS
+    from compress.measure.reporting.engines import FLOATS
 
     engine = UnroundedEngine(path / model.manifest.targets["eager"].file)
     return {FLOATS: lambda: engine} if engine.is_float else {}

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from compress.measure.latency import Latency, measure_latency
     from compress.measure.machine import cpu_flags, describe_machine, versions
     from compress.measure.memory import peak_memory, peak_memory_of
-    from compress.measure.report import (
+    from compress.measure.reporting.report import (
         Gains,
         LatencyRow,
         Report,
@@ -56,7 +56,7 @@ _FILES = {
     "latency": ["Latency", "measure_latency"],
     "machine": ["cpu_flags", "describe_machine", "versions"],
     "memory": ["peak_memory", "peak_memory_of"],
-    "report": [
+    "reporting.report": [
         "Gains",
         "LatencyRow",
         "Report",

@@ -12,14 +12,14 @@ from typing import Any
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module
 from compress.errors import RecipeError
-from compress.measure.bits import save_bits
-from compress.measure.results import Bits
+from compress.measure.reporting.bits import save_bits
+from compress.measure.reporting.results import Bits
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_bits
-from compress.quantize.progressive import quantized_layers
 from compress.quantize.schemes import get_scheme
 from compress.quantize.sensitivity import BITS, capture_layers, measure_bits, num_weights
+from compress.quantize.training.progressive import quantized_layers
 from compress.surgery import Captured
 
 __all__ = ["measure_layers", "read_bits", "schemes_of"]

@@ -19,18 +19,18 @@ from compress.errors import RecipeError
 from compress.export.calls import engine_call, repeat_samples
 from compress.export.passes import clean_up
 from compress.measure.latency import Latency, measure_latency
-from compress.measure.mixed import save_mixed
-from compress.measure.results import Mixed
+from compress.measure.reporting.mixed import save_mixed
+from compress.measure.reporting.results import Mixed
 from compress.measure.threads import torch_threads
 from compress.pipeline.judging import device_of, judge, validation
 from compress.pipeline.rundir import RunDirectory
 from compress.quantize.allocation import allocate_floats
 from compress.quantize.calibrate import calibrate
 from compress.quantize.layers import Assignment
-from compress.quantize.progressive import quantized_layers
 from compress.quantize.pt2e import convert, prepare
 from compress.quantize.schemes import FLOAT
 from compress.quantize.sensitivity import capture_layers, num_weights
+from compress.quantize.training.progressive import quantized_layers
 from compress.runtime.engines import ENGINES
 from compress.runtime.engines import device_of as engine_device
 from compress.surgery.capture import export_program

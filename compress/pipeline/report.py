@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compress.measure.cost import widths
 from compress.measure.machine import describe_machine
-from compress.measure.report import LatencyRow, Report, Stage, Target, report_table, write_report
+from compress.measure.reporting.report import LatencyRow, Report, Stage, Target, report_table, write_report
 from compress.pipeline.bits import read_bits
 from compress.pipeline.mixed import read_mixed
 from compress.pipeline.rundir import RunDirectory

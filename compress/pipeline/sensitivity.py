@@ -17,9 +17,9 @@ from torch import Tensor
 from compress.distill import read_batch
 from compress.distill.cache import fingerprint_module, fingerprint_tensors
 from compress.errors import EditError, RecipeError, RunError
-from compress.measure.report import Sensitivity
-from compress.measure.sensitivity import save_sensitivity
-from compress.measure.table import sensitivity_table
+from compress.measure.reporting.report import Sensitivity
+from compress.measure.reporting.sensitivity import save_sensitivity
+from compress.measure.reporting.table import sensitivity_table
 from compress.pipeline.bits import measure_layers
 from compress.pipeline.fit import fit_baseline
 from compress.pipeline.judging import device_of, judge, validation

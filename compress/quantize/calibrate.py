@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from compress.errors import DataError
 from compress.measure.modes import kept_modes
-from compress.quantize.finite import reader_of
+from compress.quantize.fakes.finite import reader_of
 from compress.quantize.parametrize import rounded_layers
 from compress.quantize.ranges import Grid, Seen, around_zero, choose_range
 from compress.surgery import Captured

@@ -13,16 +13,16 @@ from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from compress.errors import CaptureError, DataError, EditError
-from compress.quantize.averaging import StatisticsAnew, is_swa_epoch, show_norms_to_swa
-from compress.quantize.batches import InputReader, training_batches
 from compress.quantize.calibrate import calibrate
-from compress.quantize.checks import check_precision, check_progress, check_settings, check_stages, check_training
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.parametrize import begin_rounding, freeze
-from compress.quantize.progressive import Stages, quantizers, set_bits
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
-from compress.quantize.ranks import follow_first_rank, share, share_ranges
+from compress.quantize.training.averaging import StatisticsAnew, is_swa_epoch, show_norms_to_swa
+from compress.quantize.training.batches import InputReader, training_batches
+from compress.quantize.training.checks import check_precision, check_settings, check_training
+from compress.quantize.training.progressive import Stages, quantizers, set_bits
+from compress.quantize.training.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import after_averages, find_averages
 from compress.surgery.editor import example_inputs, progress, whole_inputs
@@ -58,10 +58,10 @@ class QuantizationAwareTraining(ModelEditor):
         ranges: How a range follows from calibration data, with ``start=1``: one of ``RANGES``.
         percentile: How many of the values lie inside a range, in per cent, for ``ranges: percentile``.
         num_batches: Training batches to calibrate with, at most.
-        learn_steps: Whether steps are parameters, trained with the weights to the end (``compress.quantize.lsq``); they
-            start at the ranges of the first batch, and each joins the group of the optimiser in which
-            ``configure_optimizers`` would put it.
-        progressive: More bits first, for what has fewer than 8 in the end (``compress.quantize.progressive``).
+        learn_steps: Whether steps are parameters, trained with the weights to the end
+            (``compress.quantize.fakes.lsq``); they start at the ranges of the first batch, and each joins the group of
+            the optimiser in which ``configure_optimizers`` would put it.
+        progressive: More bits first, for what has fewer than 8 in the end (``compress.quantize.training.progressive``).
         fallback: What to do with a network that PT2E cannot capture or prepare: ``parametrize`` rounds layer by layer
             (``compress.quantize.parametrize``); by default it is refused with the reason.
         improve: What makes post-training quantization better, with ``start=1``: some of ``IMPROVEMENTS``, in any order.
@@ -99,21 +99,20 @@ class QuantizationAwareTraining(ModelEditor):
         attribute: str = "student",
     ) -> None:
         super().__init__(attribute)
-        check_progress(start, observe, freeze_batchnorm)
         self.assignment = make_assignment(scheme, layers=layers, keep=keep, first_last=first_last)
         check_settings(
             self.assignment,
             start=start,
+            observe=observe,
+            freeze=freeze_batchnorm,
+            progressive=progressive,
             ranges=ranges,
             percentile=percentile,
             num_batches=num_batches,
             learn_steps=learn_steps,
-            observes=observe > 0,
             improve=improve,
             fallback=fallback,
         )
-        if progressive is not None:
-            check_stages(progressive, self.assignment, round(start + observe, 9), freeze_batchnorm)
         self.fallback = fallback
         self.progressive = progressive
         self.start = start

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from compress.quantize.annotate import FEWEST_UNITS, is_small, layer_of, weights_of
+from compress.quantize.graph.annotate import FEWEST_UNITS, is_small, layer_of, weights_of
 from compress.surgery import Captured
 
 __all__ = ["Coverage", "Product", "coverage"]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from compress.errors import DataError, RecipeError
-from compress.quantize.adaround import adaround
-from compress.quantize.bias import correct_biases
-from compress.quantize.equalize import equalize
-from compress.quantize.lockstep import float_twin
-from compress.quantize.smooth import smooth, smoothable
+from compress.quantize.corrections.adaround import adaround
+from compress.quantize.corrections.bias import correct_biases
+from compress.quantize.corrections.equalize import equalize
+from compress.quantize.corrections.lockstep import float_twin
+from compress.quantize.corrections.smooth import smooth, smoothable
 from compress.surgery import Captured, capture
 from compress.surgery.lengths import Length
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from compress.errors import CaptureError, RecipeError
-from compress.quantize.finite import check_numbers
-from compress.quantize.fold import drop_unused, fold_into_scales
+from compress.quantize.fakes.finite import check_numbers
+from compress.quantize.fakes.specs import activation_spec, fake_quantizer, weight_spec
+from compress.quantize.graph.fold import drop_unused, fold_into_scales
 from compress.quantize.layers import Assignment
 from compress.quantize.schemes import Scheme
-from compress.quantize.specs import activation_spec, fake_quantizer, weight_spec
 from compress.surgery import Captured
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length

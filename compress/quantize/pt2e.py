@@ -11,20 +11,20 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from compress.errors import CaptureError
-from compress.quantize.annotate import is_product, layer_of, weights_of
-from compress.quantize.attention import spell_out_attention
 from compress.quantize.calibrate import calibrate
-from compress.quantize.embeddings import round_embeddings, store_embeddings
-from compress.quantize.factors import divide_weights, factors_without_zeros
-from compress.quantize.finite import check_numbers, check_ranges
-from compress.quantize.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
-from compress.quantize.fusion import fused_kinds_alone
+from compress.quantize.fakes.finite import check_numbers, check_ranges
+from compress.quantize.fakes.specs import guard_ranges
+from compress.quantize.graph.annotate import is_product, layer_of, weights_of
+from compress.quantize.graph.attention import spell_out_attention
+from compress.quantize.graph.embeddings import round_embeddings, store_embeddings
+from compress.quantize.graph.factors import divide_weights, factors_without_zeros
+from compress.quantize.graph.fold import drop_unused, fold_norms, hide_norms, run_folded, show_norms, store_weights
+from compress.quantize.graph.fusion import fused_kinds_alone
+from compress.quantize.graph.normalize import normalize
 from compress.quantize.layers import Assignment, make_assignment, read_assignment
-from compress.quantize.normalize import normalize
 from compress.quantize.parametrize import begin_rounding, make_permanent, parametrize
 from compress.quantize.quantizer import make_quantizer, resolve_layers, rounds_attention, without_dynamic_notes
 from compress.quantize.schemes import Scheme
-from compress.quantize.specs import guard_ranges
 from compress.surgery import Captured, Edit, capture
 from compress.surgery.lengths import Length, read_lengths
 from compress.surgery.slicing import check_shapes
@@ -137,8 +137,8 @@ def convert(prepared: Captured) -> Captured:
     """
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
-    from compress.quantize.fake import write_clips
-    from compress.quantize.lsq import settle_steps
+    from compress.quantize.fakes.fake import write_clips
+    from compress.quantize.fakes.lsq import settle_steps
 
     check_numbers(prepared)
     check_ranges(prepared.graph_module)
@@ -212,7 +212,7 @@ def replay_quantize(
     if batches:
         calibrate(prepared, batches)
     if edit.data.get("learn_steps"):
-        from compress.quantize.lsq import learn_steps
+        from compress.quantize.fakes.lsq import learn_steps
 
         learn_steps(prepared)
     return prepared

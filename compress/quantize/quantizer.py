@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from compress.quantize.annotate import RECURRENT, annotate_rest, layer_of, lookups, products, weights_of
-from compress.quantize.attention import SPELT_OUT, activation_products
+from compress.quantize.fakes.specs import activation_spec, weight_spec, x86_config
+from compress.quantize.graph.annotate import RECURRENT, annotate_rest, layer_of, lookups, products, weights_of
+from compress.quantize.graph.attention import SPELT_OUT, activation_products
 from compress.quantize.layers import Assignment
 from compress.quantize.schemes import FLOAT, Scheme
-from compress.quantize.specs import activation_spec, weight_spec, x86_config
 
 __all__ = ["make_quantizer", "resolve_layers", "rounds_attention", "without_dynamic_notes"]
 

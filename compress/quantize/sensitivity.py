@@ -17,8 +17,8 @@ from torch.fx.node import map_arg
 from torch.nn.utils.parametrize import is_parametrized
 
 from compress.measure.modes import kept_modes
-from compress.quantize.annotate import FEWEST_UNITS, layer_of, products, weights_of
-from compress.quantize.normalize import constant_of, normalize, parameters_alone
+from compress.quantize.graph.annotate import FEWEST_UNITS, layer_of, products, weights_of
+from compress.quantize.graph.normalize import constant_of, normalize, parameters_alone
 from compress.surgery import Captured, capture
 from compress.surgery.lengths import Length
 

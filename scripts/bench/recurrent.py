@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 import compress
 from compress.export import Gates, export_artifact
-from compress.quantize import annotate, calibrate, convert, coverage, prepare
+from compress.quantize import calibrate, convert, coverage, prepare
+from compress.quantize.graph import annotate
 from compress.surgery.capture import export_program
 from compress.surgery.lengths import Length
 

@@ -17,7 +17,7 @@ import compress
 import compress.cli
 from compress.data import Digits
 from compress.measure.machine import has_vnni
-from compress.measure.report import read_report
+from compress.measure.reporting.report import read_report
 
 ENGINES = {"eager", "onnxruntime"} | ({"aoti"} if has_vnni() else set())
 

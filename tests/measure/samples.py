@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compress.measure.report import LatencyRow, Report, Stage
+from compress.measure.reporting.report import LatencyRow, Report, Stage
 
 
 def rows(engine: str, batch1: float, batch32: float) -> list[LatencyRow]:

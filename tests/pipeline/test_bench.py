@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from compress.measure.report import LatencyRow, Stage
+from compress.measure.reporting.report import LatencyRow, Stage
 from compress.pipeline.bench import _serving_first
 
 

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 import compress.cli
 from compress.errors import RunError
-from compress.measure.bits import bits_svg
-from compress.measure.report import read_report, write_report
-from compress.measure.results import Bits
+from compress.measure.reporting.bits import bits_svg
+from compress.measure.reporting.report import read_report, write_report
+from compress.measure.reporting.results import Bits
 from compress.pipeline import open_run
 from compress.pipeline.bits import _is_plain, read_bits
 from compress.pipeline.judging import judge, validation
 from compress.quantize import QuantizationAwareTraining
-from compress.quantize.progressive import Stages
 from compress.quantize.sensitivity import num_weights, rounded
+from compress.quantize.training.progressive import Stages
 from compress.recipe import build_recipe, find_recipe, parse_recipe
 from tests.measure.samples import sample_report
 from tests.pipeline.test_sensitivity import WORDS, call

@@ -15,15 +15,15 @@ import torch
 
 import compress.cli
 from compress.errors import RecipeError, RunError
-from compress.measure.mixed import mixed_svg, save_mixed
-from compress.measure.report import read_report, write_report
-from compress.measure.results import Mixed
+from compress.measure.reporting.mixed import mixed_svg, save_mixed
+from compress.measure.reporting.report import read_report, write_report
+from compress.measure.reporting.results import Mixed
 from compress.pipeline import Deadline, mixed, open_run
 from compress.pipeline.judging import judge, validation
 from compress.pipeline.mixed import _choose, _training_inputs, read_mixed, with_floats
 from compress.quantize import calibrate, prepare
 from compress.quantize.layers import make_assignment
-from compress.quantize.progressive import quantizers
+from compress.quantize.training.progressive import quantizers
 from tests.measure.samples import sample_report
 from tests.pipeline.test_sensitivity import WORDS
 

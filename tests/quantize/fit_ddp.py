@@ -22,7 +22,7 @@ from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 from compress.distill import Classification, Distiller, SoftTarget, WarmupCosine
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining, prepare
-from compress.quantize.ranks import follow_first_rank
+from compress.quantize.training.ranks import follow_first_rank
 from compress.surgery import history_of
 from tests.networks import Residual, loader, trainer
 from tests.quantize.ranks import SPOILT

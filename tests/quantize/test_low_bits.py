@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.quantize import calibrate, convert, prepare
-from compress.quantize.annotate import PRODUCTS
-from compress.quantize.fake import best_scale, scale_of
+from compress.quantize.fakes.fake import best_scale, scale_of
+from compress.quantize.graph.annotate import PRODUCTS
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.pt2e import describe_inputs, num_quantized, replay_quantize
 from compress.surgery import Captured, Edit

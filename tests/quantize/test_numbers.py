@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from compress.export.arithmetic import written_out
 from compress.quantize import calibrate, convert, get_scheme, prepare
-from compress.quantize.fake import best_scale
+from compress.quantize.fakes.fake import best_scale
 from compress.quantize.pt2e import num_quantized
 from compress.surgery.capture import export_program
 from tests.networks import images

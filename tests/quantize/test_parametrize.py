@@ -33,7 +33,7 @@ from compress.quantize import (
     rounded_layers,
 )
 from compress.quantize.parametrize import freeze
-from compress.quantize.progressive import Stages
+from compress.quantize.training.progressive import Stages
 from compress.surgery import Captured, RandomStates, history_of, rebuild
 from compress.surgery.capture import export_program
 from tests.networks import Residual, images, trainer

@@ -14,7 +14,7 @@ from compress.distill import Classification, Distiller, EarlierSelf, SoftTarget
 from compress.errors import EditError
 from compress.prune import StructuredPruning
 from compress.quantize import QuantizationAwareTraining
-from compress.quantize.lsq import LearnedFakeQuantize
+from compress.quantize.fakes.lsq import LearnedFakeQuantize
 from compress.surgery import Captured, Edit, history_of
 from tests.networks import Residual, images, loader, trainer
 from tests.surgery.modules import Foreign

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compress.errors import ArtifactError
-from compress.measure.engines import engines_failed
+from compress.measure.reporting.engines import engines_failed
 from compress.runtime import CompactModel, load
 from compress.runtime.manifest import Manifest, TensorSpec
 from tests.export.programs import artifact

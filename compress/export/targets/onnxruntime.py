@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
-from compress.export.onnx_activations import free_products, quantize_preactivations
-from compress.export.onnx_graph import OnnxGraph, mark_narrow
-from compress.export.onnx_recurrent import quantize_recurrent
-from compress.export.onnx_translate import translate
-from compress.export.onnx_weights import (
+from compress.export.onnx.activations import free_products, quantize_preactivations
+from compress.export.onnx.graph import OnnxGraph, mark_narrow
+from compress.export.onnx.recurrent import quantize_recurrent
+from compress.export.onnx.translate import translate
+from compress.export.onnx.weights import (
     dequantised_in_each_call,
     let_constants_fold,
     transpose_weights,

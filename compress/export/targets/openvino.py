@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from compress.errors import MissingPackageError
 from compress.export.graph import LARGEST_NARROW, has_narrow_weights
-from compress.export.onnx_translate import translate
+from compress.export.onnx.translate import translate
 from compress.export.samples import are_drawn
 from compress.export.targets import Census
 from compress.export.targets.openvino_recurrent import quantize_lstms

@@ -8,8 +8,8 @@ from typing import Any
 from torch.export import ExportedProgram
 
 from compress.errors import ExportSkippedError
-from compress.export.onnx_tensorrt import obstacles, rewrite
-from compress.export.onnx_translate import translate
+from compress.export.onnx.tensorrt import obstacles, rewrite
+from compress.export.onnx.translate import translate
 
 __all__ = ["CHECKED_BY", "FILE", "build", "requires"]
 

@@ -12,7 +12,7 @@ import torch
 from torch.export import ExportedProgram
 
 from compress.errors import CompressError, MissingPackageError
-from compress.export.onnx_translate import translate
+from compress.export.onnx.translate import translate
 from compress.export.products import RECURRENT
 from compress.export.targets import Census, ExportSkippedError
 from compress.export.tvm_tuning import with_tuned_single

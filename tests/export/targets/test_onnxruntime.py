@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.export import onnx_translate
+from compress.export.onnx import translate
 from compress.export.targets import ExportSkippedError, onnxruntime
 from compress.surgery.capture import export_program
 from tests.export.programs import floating, quantized
@@ -33,7 +33,7 @@ def test_the_file_is_alone_and_holds_no_paths(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_into_one_file_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_translate, "_LARGEST", 100)
+    monkeypatch.setattr(translate, "_LARGEST", 100)
     with pytest.raises(ExportSkippedError, match="at most 100 bytes"):
         onnxruntime.build(quantized().program, tmp_path / onnxruntime.FILE)
 

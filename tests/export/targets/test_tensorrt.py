@@ -9,7 +9,7 @@ import torch
 
 from compress.errors import ExportSkippedError
 from compress.export import export_artifact
-from compress.export.onnx_tensorrt import obstacles, rewrite
+from compress.export.onnx.tensorrt import obstacles, rewrite
 from compress.export.parity import check_parity, reference_outputs
 from compress.export.targets import tensorrt
 from compress.quantize import calibrate, convert, prepare

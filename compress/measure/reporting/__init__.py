@@ -1,0 +1,1 @@
+"""Reports: what they hold, their table, their pictures and their page."""

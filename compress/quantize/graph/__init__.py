@@ -1,0 +1,1 @@
+"""What quantization does to a captured graph, before it is rounded and after."""

@@ -1,0 +1,1 @@
+"""What quantization in a fit needs beside the callback: data, ranks, averages, bits that fall."""
