@@ -229,6 +229,9 @@ def stops() -> Iterator[None]:
     except KeyboardInterrupt:
         pass  # before LitServe sees to it: while engines are loaded
     finally:
+        for number in (signal.SIGTERM, signal.SIGALRM):
+            signal.signal(number, signal.SIG_IGN)  # told again, it is on its way out
+        signal.setitimer(signal.ITIMER_REAL, 0)
         children = [child for child in multiprocessing.active_children() if "Manager" not in child.name]  # it tidies up
         for child in children:
             child.terminate()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,16 @@ def test_two_at_once_do_not_meet(tmp_path: Path) -> None:
         second.write_text("second")
     assert path.read_text() == "first"  # which ends last
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_has_left_goes_an_hour_later(tmp_path: Path) -> None:
+    path = tmp_path / "figures[1].json"
+    left, young, other = (
+        tmp_path / name for name in (".figures[1].json.1-a.tmp", ".figures[1].json.2-b.tmp", ".figures1.json.3-c.tmp")
+    )
+    for file in (left, young, other):
+        file.touch()
+    for file in (left, other):
+        os.utime(file, (0, 0))
+    write_json(path, {})
+    assert sorted(tmp_path.iterdir()) == sorted([path, young, other])

@@ -126,6 +126,9 @@ def other_sizes(
         reference: What gives the outputs that must come out.
         held_out: Inputs, shape (N, ...) each.
         lengths: The sizes that may vary; one without a limit is doubled.
+
+    Raises:
+        ExportError: when it fails on one of these sizes.
     """
     found = {}
     for text in ("smallest", "largest") if lengths else ():
@@ -137,7 +140,14 @@ def other_sizes(
                 size = length.smallest if text == "smallest" else length.largest or 2 * now
                 inputs[index] = _resized(inputs[index], length.dimension, size)
             sizes.append(f"{size} in dimension {length.dimension}")
-        found[", ".join(sizes)] = Sample(inputs, reference_outputs(reference, inputs))
+        text = ", ".join(sizes)
+        try:
+            found[text] = Sample(inputs, reference_outputs(reference, inputs))
+        except (IndexError, RuntimeError) as error:  # of an operator
+            raise ExportError(
+                f"lengths: expected a network that takes sizes of {text}, got {first_line(error)}. Name the sizes that "
+                "it takes."
+            ) from error
     return found
 
 

@@ -32,7 +32,7 @@ _TRANSPOSED = {
     _OPERATORS.conv_transpose3d.input,
 }
 _MATRICES = {_OPERATORS.matmul.default, _OPERATORS.mm.default, _OPERATORS.bmm.default, _OPERATORS.mv.default}
-_SUMMED = {_OPERATORS.addmm.default, _OPERATORS.baddbmm.default}
+_SUMMED = {_OPERATORS.addmm.default, _OPERATORS.baddbmm.default, _OPERATORS.addmv.default}
 # Made of other products, which their arguments tell.
 _COMPOSED = {_OPERATORS.einsum.default, _OPERATORS.tensordot.default, _OPERATORS.inner.default}
 RECURRENT = {_OPERATORS.lstm.input, _OPERATORS.gru.input, _OPERATORS.rnn_tanh.input, _OPERATORS.rnn_relu.input}

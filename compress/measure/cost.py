@@ -85,12 +85,20 @@ def _matrix_vector(matrix: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * prod(matrix)
 
 
+def _sum_and_matrix_vector(_: Any, matrix: Sequence[int], *__: Any, **___: Any) -> int:
+    return 2 * prod(matrix)
+
+
 def _bilinear(first: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
     return 2 * first[0] * prod(weight)
 
 
 # Floating-point operations of products that torch's counter does not know, from the shapes of their arguments.
-_MORE: dict[Any, Any] = {torch.ops.aten.mv: _matrix_vector, torch.ops.aten._trilinear: _bilinear}
+_MORE: dict[Any, Any] = {
+    torch.ops.aten.mv: _matrix_vector,
+    torch.ops.aten.addmv: _sum_and_matrix_vector,
+    torch.ops.aten._trilinear: _bilinear,
+}
 
 
 @contextmanager

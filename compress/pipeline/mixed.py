@@ -19,6 +19,7 @@ from compress.errors import RecipeError
 from compress.export.calls import engine_call, repeat_samples
 from compress.export.passes import clean_up
 from compress.measure.latency import Latency, measure_latency
+from compress.measure.machine import most_threads
 from compress.measure.reporting.mixed import save_mixed
 from compress.measure.reporting.results import Mixed
 from compress.measure.threads import torch_threads
@@ -80,6 +81,8 @@ class Deadline:
         for name, num in (("batch", self.batch), ("threads", self.threads)):
             if num is not None and num < 1:
                 raise RecipeError(f"{name}: expected at least 1, got {num}. Use 1.")
+        if self.threads is not None and self.threads > most_threads():
+            raise RecipeError(f"threads: expected at most {most_threads()}, got {self.threads}. Use 1.")
 
     def milliseconds(self, in_floats: float) -> float:
         """Return the most milliseconds, given what the network in floats takes."""

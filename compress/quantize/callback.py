@@ -18,7 +18,7 @@ from compress.quantize.improve import improve_network, improve_prepared, in_orde
 from compress.quantize.layers import make_assignment, write_assignment
 from compress.quantize.parametrize import begin_rounding, freeze
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
-from compress.quantize.training.averaging import StatisticsAnew, is_swa_epoch, show_norms_to_swa
+from compress.quantize.training.averaging import StatisticsAnew, check_resume, is_swa_epoch, show_norms_to_swa
 from compress.quantize.training.batches import InputReader, training_batches
 from compress.quantize.training.checks import check_precision, check_settings, check_training
 from compress.quantize.training.progressive import Stages, quantizers, set_bits
@@ -193,8 +193,9 @@ class QuantizationAwareTraining(ModelEditor):
         """Refuse a network in evaluation, where ranges would never be learned.
 
         Raises:
-            EditError: when it is, and is to be trained in integers.
+            EditError: when it is, and is to be trained in integers, or the checkpoint is one SWA cannot go on from.
         """
+        check_resume(trainer)
         self._reader.begin()
         self._statistics = StatisticsAnew()
         if self.start < 1:
@@ -224,7 +225,7 @@ class QuantizationAwareTraining(ModelEditor):
             self._set_rounding(network, now)
             self._set_bits(network, now)
             if is_swa_epoch(trainer):
-                self._statistics.before(network)
+                self._statistics.before(network, alone=trainer.num_training_batches == 2)  # SWA counts one more
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -250,7 +250,7 @@ def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
             if path.resolve().parent != directory.resolve():
                 if path.is_symlink() and Path(name).name == name:
                     raise ArtifactError(
-                        f"{path}: expected files inside the artefact, got a link to one outside. Copy it with what its "
+                        f"{path}: expected files inside the artefact, got a link elsewhere. Copy it with what its "
                         "links lead to; from the Hugging Face hub, download it with local_dir=."
                     )
                 raise ArtifactError(f"{directory}: expected files inside the artefact, got {name!r}. Do not use it.")
@@ -258,7 +258,7 @@ def check_files(directory: Path, checksums: Mapping[str, str]) -> None:
                 raise ArtifactError(f"{path}: expected a file of the artefact, got none. Export again.")
             if sha256(path) != wanted:
                 raise ArtifactError(f"{path}: expected SHA-256 {wanted[:12]}…, got another. Export again.")
-        except (OSError, ValueError) as error:  # a name that no file can have, or a file that may not be read
+        except (OSError, ValueError, RuntimeError) as error:  # a name that no file can have, not to be read, a loop
             raise ArtifactError(f"{directory}: expected to read {name[:80]!r}, got {error}. Export again.") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NoReturn
@@ -25,6 +26,10 @@ __all__ = ["CompactModel"]
 
 _FORM = ("shape", "dtype", "layout", "device")
 _MOST_FORMS = 1024  # kinds, shapes and dtypes that are known to fit: looking closely takes as long as a small network
+
+
+class _NotPickledError(ArtifactError, pickle.PicklingError):
+    """What ``pickle`` raises, too: Lightning leaves out hyperparameters that cannot be pickled."""
 
 
 class CompactModel:
@@ -192,7 +197,7 @@ class CompactModel:
         return self._runs[self.engine].threads
 
     def __reduce__(self) -> NoReturn:
-        raise ArtifactError(
+        raise _NotPickledError(
             f"{self.manifest.name}: expected a model that stays in its process, got one to copy or to pickle. Load the "
             "artefact in each process."
         )

@@ -29,7 +29,8 @@ def save_snapshot(path: str | Path, network: nn.Module, history: History) -> Non
     state = {name: tensor.detach().cpu() for name, tensor in original(network).state_dict().items()}
     beside = path.with_suffix(".history.json")
     with replacing(path) as temporary:
-        torch.save({"history": history.to_list(), "state_dict": state}, temporary)
+        with temporary.open("wb") as file:  # opened here: torch writes a name into the file
+            torch.save({"history": history.to_list(), "state_dict": state}, file)
         if len(history):
             history.save(beside)
         else:

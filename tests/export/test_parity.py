@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from compress.errors import ExportError, ExportSkippedError
-from compress.export.parity import check_parity, reference_outputs
+from compress.export.parity import check_parity, other_sizes, reference_outputs
+from compress.surgery.lengths import Length
 
 INPUTS = torch.arange(200.0).reshape(100, 2)
 WANTED = INPUTS.numpy() * 3
@@ -64,3 +65,13 @@ def test_reference_outputs_are_those_of_the_module_in_order() -> None:
 def test_no_inputs_are_refused() -> None:
     with pytest.raises(ExportError, match="at least one input"):
         reference_outputs(lambda x: x, [INPUTS[:0]])
+
+
+def test_a_size_that_the_network_refuses_is_named() -> None:
+    def short(x: torch.Tensor) -> torch.Tensor:
+        if x.shape[1] > 3:
+            raise RuntimeError("no more than three\nand a long trace")
+        return x.sum(1, keepdim=True)
+
+    with pytest.raises(ExportError, match=r"^lengths: expected .* sizes of 4 in dimension 1, got no more than three\."):
+        other_sizes(short, [INPUTS], [Length()])

@@ -70,6 +70,7 @@ class Odd(nn.Module):
         (lambda own, x: torch.baddbmm(x[:, :, :4], x, x.transpose(1, 2)), 4 * 4 * 16),
         (lambda own, x: own.bilinear(x[:, :, 0], x[:, :3, 1]), 5 * 4 * 3),
         (lambda own, x: x @ own.vector, 4 * 16),
+        (lambda own, x: torch.addmv(x[0, :, 0], own.weight, x[0, 0, :7]), 4 * 7),
     ],
 )
 def test_products_count_however_they_are_written(run: Callable[..., torch.Tensor], expected: int) -> None:

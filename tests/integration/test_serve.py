@@ -274,6 +274,9 @@ def test_a_server_that_is_told_to_stop_leaves_nothing_behind(engine: str, until:
         pytest.skip(f"{engine} is not here")
     with serving(artifact(), tmp_path, "--engine", engine, until=until) as (process, number):
         os.kill(process.pid, signal.SIGTERM)  # it alone, as a supervisor does
+        time.sleep(0.05)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGTERM)  # once more, on its way out
         assert process.wait(30) == 0
         end = time.monotonic() + 5  # what watches over semaphores ends when nobody is left
         while (left := group(process.pid)) and time.monotonic() < end:

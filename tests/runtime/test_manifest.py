@@ -262,6 +262,9 @@ def test_files_are_checked(tmp_path: Path) -> None:
     (path / "link").symlink_to(tmp_path / "outside")
     with pytest.raises(ArtifactError, match=r"link: expected files inside the artefact, got a link .* local_dir="):
         check_file(path, Target(file="link", bytes=4, sha256=good.sha256))
+    (path / "loop").symlink_to(path / "loop")
+    with pytest.raises(ArtifactError, match="expected to read 'loop'"):
+        check_file(path, Target(file="loop", bytes=4, sha256=good.sha256))
     (path / "g").write_bytes(b"dbta")
     with pytest.raises(ArtifactError, match=r"g: expected SHA-256"):
         check_file(path, Target(file="f", bytes=4, sha256=good.sha256, parts={"g": good.sha256}))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pytorch_lightning.utilities.parsing import is_picklable
 from torch import nn
 
 from compress.errors import ArtifactError
@@ -136,6 +137,7 @@ def test_a_model_stays_in_its_process() -> None:
     for copy in (deepcopy, pickle.dumps):
         with pytest.raises(ArtifactError, match=r"doubling: expected a model that stays .* in each process\."):
             copy(doubling())
+    assert not is_picklable(doubling())  # what Lightning asks of hyperparameters
 
 
 class Doubling:

@@ -30,7 +30,10 @@ def test_a_pruned_and_quantised_network_comes_back(tmp_path: Path) -> None:
     restored, again = load_snapshot(tmp_path / "net.pt", Residual(), HANDLERS)
     assert again == history
     assert torch.equal(restored.eval()(x), prepared.eval()(x))
-    assert not list(tmp_path.glob("*.tmp"))
+    assert not list(tmp_path.glob(".*"))
+    for name in ("a.pt", "b.pt"):
+        save_snapshot(tmp_path / name, prepared, history)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
     assert History.load(tmp_path / "net.history.json") == history
 
 

@@ -71,7 +71,7 @@ def build(program: ExportedProgram, path: Path) -> Census:
 
 def census(path: Path) -> Census:
     """Count the kernels of the graph as ONNX Runtime optimises it here."""
-    counts = Counter(node.op_type for node in _nodes(_optimised(path).graph))
+    counts = Counter(node.op_type for node in _nodes(_optimised(path).graph) if node.op_type != "Einsum" or _sums(node))
     int8, floats = (sum(counts[name] for name in names) for names in (_INT8, _FLOAT))
     kept = {name: count for name, count in counts.items() if name in _INT8 | _FLOAT or "Quantize" in name}
     return Census(int8, floats, kept, counts["QuantizeLinear"] + counts["DynamicQuantizeLinear"])
@@ -100,6 +100,13 @@ def _nodes(graph: GraphProto) -> Iterator[NodeProto]:
         for attribute in node.attribute:
             if attribute.HasField("g"):
                 yield from _nodes(attribute.g)
+
+
+def _sums(einsum: NodeProto) -> bool:
+    """Say whether it is a product of matrices, and not one element by element."""
+    inputs, arrow, output = next(a.s for a in einsum.attribute if a.name == "equation").decode().partition("->")
+    letters = [letter for letter in inputs if letter.isalpha()]
+    return any(letter not in output if arrow else letters.count(letter) > 1 for letter in letters)
 
 
 def requires() -> dict[str, Any]:

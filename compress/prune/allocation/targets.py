@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from compress.errors import RecipeError
+from compress.measure.machine import most_threads
 from compress.runtime.engines import ENGINES
 
 __all__ = ["CURRENCIES", "Target"]
@@ -66,6 +67,8 @@ class Target:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"prune.target.{name}: expected at least 1, got {value}. Use 1.")
+        if self.threads is not None and self.threads > most_threads():
+            raise RecipeError(f"prune.target.threads: expected at most {most_threads()}, got {self.threads}. Use 1.")
         if not 0 < self.tolerance < 1:
             raise RecipeError(f"prune.target.tolerance: expected a value in (0, 1), got {self.tolerance}. Use 0.05.")
         if self.engine not in ENGINES:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.export.onnx import translate
+from compress.export.products import products
 from compress.export.targets import ExportSkippedError, onnxruntime
 from compress.surgery.capture import export_program
 from tests.export.programs import floating, quantized
@@ -36,6 +37,19 @@ def test_what_does_not_fit_into_one_file_is_skipped(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(translate, "_LARGEST", 100)
     with pytest.raises(ExportSkippedError, match="at most 100 bytes"):
         onnxruntime.build(quantized().program, tmp_path / onnxruntime.FILE)
+
+
+class Products(nn.Module):
+    """One product of matrices, and one element by element, both by ``einsum``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nij,nkj->nik", x, torch.einsum("nij,nj->nij", x, x[:, 0]))
+
+
+def test_a_product_element_by_element_is_no_kernel(tmp_path: Path) -> None:
+    program = export_program(Products(), [torch.randn(2, 3, 5)])
+    census = onnxruntime.build(program, tmp_path / onnxruntime.FILE)
+    assert (len(products(program)), census.float_kernels) == (1, 1)
 
 
 class Quantile(nn.Module):

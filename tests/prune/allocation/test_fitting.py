@@ -158,6 +158,7 @@ def test_a_step_that_makes_nothing_faster_is_not_taken() -> None:
         ({"latency_ms": 3.0, "engine": "abacus"}, "prune.target.engine: expected one of .*, got 'abacus'"),
         ({"latency_ms": 3.0, "batch": 0}, "prune.target.batch: expected at least 1, got 0"),
         ({"latency_ms": 3.0, "threads": 0}, "prune.target.threads: expected at least 1, got 0"),
+        ({"latency_ms": 3.0, "threads": 10**6}, r"prune.target.threads: expected at most \d+, got 1000000"),
         ({"macs": 0.5, "tolerance": 0.0}, r"prune.target.tolerance: expected a value in \(0, 1\), got 0.0"),
     ],
 )

@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Callback, StochasticWeightAveraging
 from torch import Tensor, nn
 
+from compress.errors import EditError
 from compress.quantize import QuantizationAwareTraining
 from compress.quantize.parametrize import freeze
 from compress.surgery import Captured, RandomStates
@@ -41,6 +42,19 @@ class Averages(Callback):
         if trainer.current_epoch == 3:
             network: Any = pl_module.student
             self.kept.append({name: p.detach().clone() for name, p in network.named_parameters()})
+
+
+class SaveAt(Callback):
+    """Writes a checkpoint after one batch."""
+
+    def __init__(self, path: Path, *, epoch: int, batch: int) -> None:
+        self.path, self.place = path, (epoch, batch)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (trainer.current_epoch, batch_idx) == self.place:
+            trainer.save_checkpoint(self.path)
 
 
 def _swa() -> Callback:
@@ -104,3 +118,37 @@ def test_a_fit_with_swa_goes_on_bit_for_bit(tmp_path: Path) -> None:
     again = fit(checkpoint=tmp_path / "step_10.ckpt", seed=99)
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
+
+
+def test_one_batch_an_epoch_is_enough() -> None:
+    pl.seed_everything(0)
+    module = Module()
+    norm: Any = module.student.norm
+    norm.eval().running_mean.normal_(std=0.1)
+    norm.running_var.uniform_(0.2, 0.4)
+    frozen = {name: norm.get_buffer(name).clone() for name in ("running_mean", "running_var")}
+    callback = QuantizationAwareTraining("w4a8", start=0.25, freeze_batchnorm=0.5)
+    trainer(max_epochs=6, callbacks=[callback, _swa()]).fit(module, loader(batch_size=48))
+    network: Any = module.student
+    x, _ = images()
+    floats = copy.deepcopy(network).eval()
+    for fake in floats.modules():
+        if hasattr(fake, "fake_quant_enabled"):
+            fake.fake_quant_enabled[0] = 0
+    with torch.no_grad():
+        wanted = floats(x)
+        assert float((network.eval()(x) - wanted).norm() / wanted.norm()) < 0.1
+    for name, buffer in frozen.items():
+        assert torch.equal(buffer, network.state_dict()[f"norm.{name}"]), name  # no rounding moves it
+
+
+def test_half_of_the_epoch_that_swa_adds_is_refused(tmp_path: Path) -> None:
+    def fit(*others: Callback, checkpoint: Path | None = None) -> None:
+        callbacks = [QuantizationAwareTraining(start=0.25), _swa(), *others]
+        trainer(max_epochs=3, callbacks=callbacks).fit(
+            Module(), resumable(), ckpt_path=checkpoint, weights_only=checkpoint is None
+        )
+
+    fit(SaveAt(tmp_path / "half.ckpt", epoch=3, batch=1))
+    with pytest.raises(EditError, match="expected a checkpoint from before the epoch that Stoch"):
+        fit(checkpoint=tmp_path / "half.ckpt")
