@@ -5,5 +5,17 @@ from compress.export.conversion import convert
 from compress.export.counting import census
 from compress.export.gates import Gates
 from compress.export.targets import TARGETS, Census, ExportSkippedError
+from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length
 
-__all__ = ["TARGETS", "Census", "ExportSkippedError", "Gates", "census", "convert", "export_artifact"]
+__all__ = [
+    "TARGETS",
+    "Census",
+    "ExportSkippedError",
+    "Gates",
+    "Length",
+    "census",
+    "convert",
+    "export_artifact",
+    "export_program",
+]

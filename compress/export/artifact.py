@@ -79,6 +79,16 @@ def export_artifact(
     directory, gates = Path(directory), gates or Gates()
     if os.path.lexists(directory):  # a link that leads nowhere is there, too
         raise ExportError(f"{directory}: expected no artefact yet, got one. Choose another directory or move it away.")
+    if not isinstance(program, ExportedProgram):
+        raise ExportError(
+            f"program: expected what compress.export.export_program makes of a network, got {type(program).__name__}. "
+            "Give that."
+        )
+    if getattr(reference, "training", False):
+        raise ExportError("reference: expected a module in eval mode, got one in training mode. Call its eval().")
+    for name, given, single in (("targets", targets, str), ("held_out", held_out, Tensor)):
+        if isinstance(given, single):
+            raise ExportError(f"{name}: expected a list of {single.__name__}, got one alone. Put it in a list.")
     unknown = sorted(set(targets) - set(TARGETS))
     if unknown:
         raise ExportError(f"export.targets: expected names among {', '.join(TARGETS)}, got {', '.join(unknown)}.")
@@ -96,6 +106,10 @@ def export_artifact(
     program, cleanup = clean_up(flattened(program))
     others = other_sizes(reference, held_out, lengths_of(program))
     job = Job(program, products(program), held_out, wanted, scheme is not None, gates, others, options=options or {})
+    if scheme is None and any(product.quantized for product in job.work):
+        raise ExportError(
+            "scheme: expected the name of one for a program in integers, got none. Say scheme='int8', say."
+        )
     directory.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
@@ -154,10 +168,10 @@ def _build_all(
     for reason in skipped.values():
         warnings.warn(f"{reason} Going on with the other targets.", stacklevel=4)
     if failed := [reason for each in reasons.values() for reason in each]:
-        failed.append(
-            "Nothing was written. Train longer, loosen the gate that is named, or leave the target out of "
-            "export.targets."
-        )
+        ways = ["loosen the gate that is named", "or leave the target out of export.targets."]
+        if not all("export.min_int8_fraction" in reason for reason in failed):  # which training cannot change
+            ways.insert(0, "train longer")
+        failed.append(f"Nothing was written. {', '.join(ways).capitalize()}")
         raise ExportError("\n".join(failed))
     if not built:
         reason = "; ".join(skipped.values()) or "no targets"

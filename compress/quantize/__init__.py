@@ -16,6 +16,7 @@ from compress.quantize.schemes import SCHEMES, Scheme, get_scheme, register
 
 if TYPE_CHECKING:
     from compress.quantize.callback import QuantizationAwareTraining
+    from compress.quantize.training.progressive import Stages
 
 __all__ = [
     "IMPROVEMENTS",
@@ -25,6 +26,7 @@ __all__ = [
     "Coverage",
     "QuantizationAwareTraining",
     "Scheme",
+    "Stages",
     "calibrate",
     "convert",
     "coverage",
@@ -42,7 +44,10 @@ __all__ = [
     "rounded_layers",
 ]
 
-_LAZY = {"QuantizationAwareTraining": "compress.quantize.callback"}
+_LAZY = {
+    "QuantizationAwareTraining": "compress.quantize.callback",
+    "Stages": "compress.quantize.training.progressive",
+}
 
 
 def __getattr__(name: str) -> Any:

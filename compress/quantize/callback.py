@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
@@ -16,12 +17,12 @@ from compress.errors import CaptureError, DataError, EditError
 from compress.quantize.calibrate import calibrate
 from compress.quantize.improve import improve_network, improve_prepared, in_order, rehearse_improvements
 from compress.quantize.layers import make_assignment, write_assignment
-from compress.quantize.parametrize import begin_rounding, freeze
+from compress.quantize.parametrize import begin_rounding, freeze, set_rounding
 from compress.quantize.pt2e import WAY_OUT, deployed_form, describe_inputs, example_tensors, prepare, replay_quantize
 from compress.quantize.training.averaging import StatisticsAnew, check_resume, is_swa_epoch, show_norms_to_swa
 from compress.quantize.training.batches import InputReader, training_batches
-from compress.quantize.training.checks import check_precision, check_settings, check_training
-from compress.quantize.training.progressive import Stages, quantizers, set_bits
+from compress.quantize.training.checks import check_precision, check_settings, check_training, check_unchanged
+from compress.quantize.training.progressive import Stages, quantizers, set_stages
 from compress.quantize.training.ranks import follow_first_rank, share, share_ranges
 from compress.surgery import Captured, Edit, ModelEditor, history_of
 from compress.surgery.averages import after_averages, find_averages
@@ -112,6 +113,7 @@ class QuantizationAwareTraining(ModelEditor):
             learn_steps=learn_steps,
             improve=improve,
             fallback=fallback,
+            lengths=lengths,
         )
         self.fallback = fallback
         self.progressive = progressive
@@ -193,9 +195,11 @@ class QuantizationAwareTraining(ModelEditor):
         """Refuse a network in evaluation, where ranges would never be learned.
 
         Raises:
-            EditError: when it is, and is to be trained in integers, or the checkpoint is one SWA cannot go on from.
+            EditError: when it is, or the checkpoint is one SWA cannot go on from, or of other schemes.
         """
         check_resume(trainer)
+        if _is_quantized(pl_module):
+            check_unchanged(list(history_of(pl_module))[-1].data, self.assignment)
         self._reader.begin()
         self._statistics = StatisticsAnew()
         if self.start < 1:
@@ -209,11 +213,15 @@ class QuantizationAwareTraining(ModelEditor):
         Raises:
             EditError: at the first batch, when the network's inputs are needed and not found.
             DataError: then, when they are not what it takes.
+            CaptureError, RecipeError: then, when what is due after the fit would be refused.
         """
         if not _is_quantized(pl_module):
-            self._reader.try_first(pl_module, self.network(pl_module), batch)
-            if self.start == 1:
-                return  # only the end counts, which a fit may have without a length
+            first = self._reader.try_first(pl_module, self.network(pl_module), batch)
+            if self.start == 1:  # only the end counts, which a fit may have without a length
+                if first and self.fallback is None:
+                    with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
+                        self.rehearse(copy.deepcopy(self.network(pl_module)), example_inputs(pl_module, [first]))
+                return
         now = progress(trainer)
         due = self.start <= now and self.start < 1 and not is_swa_epoch(trainer)
         if due and not _is_quantized(pl_module) and batch_idx % trainer.accumulate_grad_batches == 0:
@@ -222,7 +230,8 @@ class QuantizationAwareTraining(ModelEditor):
             network = self.network(pl_module)
             self._frozen = now >= self.freeze_batchnorm and not is_swa_epoch(trainer)
             freeze(network, self._frozen)
-            self._set_rounding(network, now)
+            if self.observe:
+                set_rounding(network, now >= self.start + self.observe)
             self._set_bits(network, now)
             if is_swa_epoch(trainer):
                 self._statistics.before(network, alone=trainer.num_training_batches == 2)  # SWA counts one more
@@ -271,22 +280,12 @@ class QuantizationAwareTraining(ModelEditor):
             self._set_bits(network, 1.0)
             self._trained = network, list(history_of(pl_module))[-1]
 
-    def _set_rounding(self, network: nn.Module, now: float) -> None:
-        """Let fake quantizers observe alone at first."""
-        modules: Iterable[Any] = network.modules() if self.observe else ()
-        for module in modules:
-            if hasattr(module, "fake_quant_enabled"):
-                module.fake_quant_enabled[0] = int(now >= self.start + self.observe)
-
     def _set_bits(self, network: nn.Module, now: float) -> None:
         if self.progressive is None:
             return
         if self._grouped is None or self._grouped[0] is not network:
             self._grouped = network, quantizers(network, self.progressive.order)
-        for place, group in enumerate(self._grouped[1]):
-            bits = self.progressive.bits_at(now, place)
-            # In the end each has its own, be they fewer than those of most weights.
-            set_bits(group, 0 if bits == self.progressive.bits[-1] else bits)
+        set_stages(self.progressive, self._grouped[1], now)
 
     def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any) -> None:
         if self.learn_steps:

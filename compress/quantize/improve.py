@@ -33,8 +33,8 @@ def in_order(names: Sequence[str]) -> tuple[str, ...]:
         >>> in_order(["bias", "equalize"])
         ('equalize', 'bias')
     """
-    for name in names:
-        if name not in IMPROVEMENTS:
+    for name in [names] if isinstance(names, str) else names:
+        if name not in IMPROVEMENTS or isinstance(names, str):
             raise RecipeError(
                 f"quantize.improve: expected some of {', '.join(IMPROVEMENTS)}, got {name!r}. Choose from these."
             )
@@ -63,6 +63,7 @@ def improve_network(
     names = [name for name in in_order(names) if name in ("equalize", "smooth")]
     if not names:
         return {}
+    batches = list(batches)  # they pass several times, and a loader may draw another order each time
     if not batches:
         raise DataError("quantize.improve: expected at least one batch, got none. Give the training data's loader.")
     captured = capture(network, _two_samples(batches[0]), lengths=lengths)
@@ -91,6 +92,7 @@ def improve_prepared(
     names = [name for name in in_order(names) if name in works]
     if not names:
         return {}
+    batches = list(batches)
     reference = float_twin(prepared)  # with the weights as they were trained, whatever comes first
     return {name: works[name](prepared, batches, reference=reference, progress=progress) for name in names}
 

@@ -101,8 +101,12 @@ def make_assignment(
         first_last: Of the first and the last layer; by default what the scheme says.
 
     Raises:
-        RecipeError: when a scheme is unknown.
+        RecipeError: when a scheme is unknown, or patterns are no list.
     """
+    if isinstance(keep, str):
+        raise RecipeError(f"quantize.keep: expected a list of patterns, got {keep!r}. Write [{keep}].")
+    if not isinstance(layers or {}, Mapping):
+        raise RecipeError(f"quantize.layers: expected schemes by pattern, got {layers!r}. Name a scheme for each.")
     chosen = get_scheme(scheme)
     ends = chosen.first_last if first_last is None else first_last
     return Assignment(

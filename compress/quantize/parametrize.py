@@ -114,6 +114,14 @@ def _is_held(norm: Any) -> bool:
     return getattr(norm, "_held", False)
 
 
+def set_rounding(network: nn.Module, on: bool) -> None:
+    """Let fake quantizers round, or observe alone."""
+    module: Any
+    for module in network.modules():
+        if hasattr(module, "fake_quant_enabled"):
+            module.fake_quant_enabled[0] = int(on)
+
+
 def begin_rounding(network: nn.Module) -> bool:
     """Let fake quantizers that observe alone round, by what they have seen; say whether there were any.
 

@@ -50,6 +50,11 @@ def export_program(
         CaptureError: when the network cannot be captured; the message names the reason and, where known, the layer.
     """
     if isinstance(network, Captured):
+        if any(hasattr(module, "fake_quant_enabled") for module in network.modules()):
+            raise CaptureError(
+                "capture: expected a network that is in floats or in integers, got one that rounds to be trained. Give "
+                "what the callback's converted holds, or compress.quantize.convert makes of it."
+            )
         network.sync_mode()
         network = network.graph_module
     sizes = dynamic_shapes(inputs, lengths, largest_batch=largest_batch)

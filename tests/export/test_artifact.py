@@ -80,9 +80,24 @@ def test_an_int8_artefact_is_smaller_than_its_float_twin(tmp_path: Path) -> None
         ),
         ({"gates": Gates(min_top1_agreement=1.01)}, r"eager: expected a top-1 agreement"),
         ({"reference": lambda x: -tiny().reference(x)}, r"relative error"),
-        ({"scheme": None, "reference": lambda x: scaled(x)}, r"relative error of at most 0.0001"),
+        (
+            {
+                "program": floating().program,
+                "reference": lambda x: 1.001 * floating().reference(x),
+                "scheme": None,
+            },
+            r"relative error of at most 0.0001",
+        ),
         ({"targets": ("eager", "abacus")}, r"got abacus"),
         ({"targets": ()}, r"at least one target, got none: no targets"),
+        ({"targets": "eager"}, r"^targets: expected a list of str, got one alone"),
+        ({"held_out": torch.ones(4, 1, 8, 8)}, r"^held_out: expected a list of Tensor, got one alone"),
+        (
+            {"program": torch.nn.ReLU()},
+            r"^program: expected what compress\.export\.export_program makes .*, got ReLU\.",
+        ),
+        ({"reference": torch.nn.ReLU().train()}, r"^reference: expected a module in eval mode"),
+        ({"scheme": None}, r"^scheme: expected the name of one for a program in integers, got none"),
         (
             {
                 "program": floating().program,
@@ -104,6 +119,11 @@ def test_all_failures_come_at_once(tmp_path: Path) -> None:
     with pytest.raises(ExportError) as caught:
         export(tmp_path / "a", targets=("eager", "onnxruntime"), gates=Gates(1e-9, 1.01), reference=scaled)
     assert [str(caught.value).count(name) for name in ("eager:", "onnxruntime:")] == [3, 3]
+    assert "Nothing was written. Train longer, loosen the gate that is named, or" in str(caught.value)
+    with pytest.raises(
+        ExportError, match=r"Nothing was written\. Loosen the gate that is named, or leave the target out"
+    ):
+        export(tmp_path / "a", gates=Gates(min_int8_fraction=1.01))
 
 
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from compress.distill import Classification, Distiller
-from compress.errors import EditError, RecipeError
+from compress.errors import CaptureError, EditError, RecipeError
 from compress.quantize import QuantizationAwareTraining, deployed_form, replay_quantize
 from compress.quantize.calibrate import float_mode
 from compress.quantize.pt2e import example_tensors
 from compress.surgery import Captured, history_of
+from compress.surgery.capture import export_program
+from compress.surgery.lengths import Length
 from tests.networks import Residual, images, loader, trainer
 
 
@@ -362,3 +364,34 @@ def test_a_checkpoint_of_the_last_epoch_can_be_converted(tmp_path: Path) -> None
     x, _ = images(12)
     with torch.no_grad():
         assert torch.equal(other.converted(x), callback.converted(x))
+
+
+def test_a_network_is_trained_on_in_the_schemes_that_it_has() -> None:
+    module = Distiller(Residual(), task=Classification(3), optimizer=torch.optim.SGD)
+    trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(start=0.0)]).fit(module, loader())
+    with pytest.raises(CaptureError, match=r"got one that rounds to be trained\. Give what the callback's converted"):
+        export_program(module.student, [images(2)[0]])
+    others: list[tuple[dict[str, Any], str]] = [
+        ({"scheme": "w4a8"}, "int8 and w4a8"),
+        ({"keep": ["fc"]}, "int8 with others for some layers"),
+    ]
+    for settings, got in others:
+        with pytest.raises(EditError, match=f"expected the schemes in which .* got others: {got}"):
+            trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(**settings)]).fit(module, loader())
+    trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(start=0.5)]).fit(module, loader())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"keep": "fc"}, r"quantize\.keep: expected a list of patterns, got 'fc'\. Write \[fc\]"),
+        ({"layers": ["fc"]}, r"quantize\.layers: expected schemes by pattern, got \['fc'\]"),
+        ({"improve": "bias", "start": 1}, r"quantize\.improve: expected some of .*, got 'bias'"),
+        ({"lengths": [{"dimension": 1}]}, r"quantize\.lengths: expected a list of compress\.export\.Length, got \[\{"),
+        ({"lengths": Length()}, r"quantize\.lengths: expected a list of compress\.export\.Length, got Length\("),
+        ({"progressive": {"bits": [8, 4]}}, r"quantize\.progressive: expected compress\.quantize\.Stages, got \{"),
+    ],
+)
+def test_values_of_another_kind_are_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizationAwareTraining(**settings)

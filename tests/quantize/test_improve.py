@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import pytorch_lightning as pl
@@ -83,3 +85,43 @@ def test_what_has_nothing_to_work_on_is_refused_beforehand() -> None:
         rehearse_improvements(network, [x], ["smooth"])
     with pytest.raises(RecipeError, match="expected layers in a row with ReLU between for 'equalize', got none"):
         rehearse_improvements(nn.Linear(3, 3), [torch.randn(2, 3)], ["equalize"])
+
+
+class Drawn:
+    """Batches in another order each time."""
+
+    def __init__(self, batches: list[tuple[torch.Tensor, ...]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        self.batches = self.batches[1:] + self.batches[:1]
+        return iter(self.batches)
+
+
+def test_batches_may_come_in_another_order_each_time() -> None:
+    x, _ = images(48)
+    batches = [(part,) for part in x.split(12)]
+    torch.manual_seed(0)
+    network = Residual().eval()
+
+    def improved(data: Any, names: list[str]) -> torch.Tensor:
+        twin = copy.deepcopy(network)
+        improve_network(twin, data, names)
+        prepared = prepare(twin, [x[:2]], "w3a8")
+        calibrate(prepared, batches)
+        improve_prepared(prepared, data, names)
+        with torch.no_grad():
+            return prepared.eval()(x)
+
+    for names in (["bias"], ["equalize"]):
+        wanted = improved(batches[1:] + batches[:1], names)
+        assert torch.equal(improved(Drawn(list(batches)), names), wanted)
+
+
+@pytest.mark.parametrize("settings", [{"keep": ["classifier"]}, {"improve": ["smooth"]}])
+def test_in_a_fit_what_its_end_would_refuse_is_refused_at_the_first_batch(settings: dict[str, Any]) -> None:
+    module = Distiller(Residual(), task=Classification(3), optimizer=torch.optim.SGD)
+    fit = trainer(max_epochs=1, callbacks=[QuantizationAwareTraining(start=1, **settings)])
+    with pytest.raises(RecipeError, match=f"quantize\\.{next(iter(settings))}: expected"):
+        fit.fit(module, loader())
+    assert fit.global_step == 0

@@ -67,7 +67,7 @@ class InputReader:
         """Try the next batch again: it is the first of a fit."""
         self._tried = False
 
-    def try_first(self, pl_module: pl.LightningModule, network: nn.Module, batch: Any) -> None:
+    def try_first(self, pl_module: pl.LightningModule, network: nn.Module, batch: Any) -> tuple[Tensor, ...]:
         """Refuse at the first batch of a fit what would be refused where the network is quantised, or after the end.
 
         Args:
@@ -75,17 +75,20 @@ class InputReader:
             network: Takes what is read.
             batch: As ``training_step`` gets it; ``None`` where that takes the loader's iterator and has not yet.
 
+        Returns:
+            What was read from the first batch; nothing of others, or where ``example_input_array`` is enough.
+
         Raises:
             EditError: when the inputs are not where they are looked for.
             DataError: when they are not what the network takes.
         """
         if self._tried or batch is None:
-            return
+            return ()
         self._tried = True
         example = pl_module.example_input_array
         if example is not None and not self._always:
             self._warn_of_sizes(batch, example)
-            return
+            return ()
         tensors = self.read(batch)
         likes = tensors if example is None else inputs_of([example], otherwise="Set it to a tensor or to several.")
         if not _are_alike(tensors, likes, self._sizes_vary):
@@ -93,7 +96,7 @@ class InputReader:
         elif not _can_take(network, tensors):
             expected = f"those of {type(network).__name__}.forward{inspect.signature(network.forward)}"
         else:
-            return
+            return tensors
         raise DataError(f"batch: expected the network's inputs, {expected}, got {_described(tensors)}. {self._do}")
 
     def _warn_of_sizes(self, batch: Any, example: Any) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from compress.errors import EditError, RecipeError
-from compress.quantize.layers import Assignment
+from compress.quantize.layers import Assignment, read_assignment
 from compress.quantize.parametrize import check_schemes
 from compress.quantize.ranges import RANGES
 from compress.quantize.schemes import Scheme
 from compress.quantize.training.progressive import Stages
+from compress.surgery.lengths import Length
 
-__all__ = ["check_precision", "check_settings", "check_training"]
+__all__ = ["check_precision", "check_settings", "check_training", "check_unchanged"]
 
 
 def check_precision(network: nn.Module, attribute: str, precision: str) -> None:
@@ -60,6 +63,26 @@ def check_training(network: nn.Module, attribute: str) -> None:
         )
 
 
+def check_unchanged(data: Mapping[str, Any], assignment: Assignment) -> None:
+    """Make sure that a network is trained on in the integers that it has.
+
+    Args:
+        data: Of the edit that quantised it.
+        assignment: Schemes of the layers that are asked for.
+
+    Raises:
+        EditError: when they are others.
+    """
+    has = replace(read_assignment(data), embeddings=assignment.embeddings)  # once they were left as they are
+    if "definition" in data and has != assignment:
+        names = has.scheme.name, assignment.scheme.name
+        of = "{} and {}".format(*names) if names[0] != names[1] else f"{names[0]} with others for some layers"
+        raise EditError(
+            f"quantize: expected the schemes in which the network is quantised already, got others: {of}. Give the "
+            "callback the same, or fit the network in floats."
+        )
+
+
 def check_settings(
     assignment: Assignment,
     *,
@@ -73,6 +96,7 @@ def check_settings(
     learn_steps: bool,
     improve: Sequence[str],
     fallback: str | None,
+    lengths: Sequence[Length],
 ) -> None:
     """Make sure that settings exist and go together.
 
@@ -88,6 +112,7 @@ def check_settings(
         learn_steps: Whether steps are parameters.
         improve: What makes post-training quantization better.
         fallback: What to do with a network that has no graph.
+        lengths: Sizes that vary.
 
     Raises:
         RecipeError: when they do not.
@@ -119,7 +144,13 @@ def check_settings(
         )
     if fallback is not None:
         _check_fallback(fallback, assignment, learn_steps=learn_steps, improve=bool(improve))
+    if not isinstance(lengths, Sequence) or not all(isinstance(length, Length) for length in lengths):
+        raise RecipeError(f"quantize.lengths: expected a list of compress.export.Length, got {lengths!r}. Give such.")
     if progressive is not None:
+        if not isinstance(progressive, Stages):
+            raise RecipeError(
+                f"quantize.progressive: expected compress.quantize.Stages, got {progressive!r}. Give one."
+            )
         _check_stages(progressive, assignment, round(start + observe, 9), freeze)
 
 

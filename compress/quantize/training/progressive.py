@@ -20,7 +20,7 @@ from compress.quantize.graph.annotate import is_product, layer_of, weights_of
 from compress.quantize.parametrize import rounded_layers
 from compress.surgery import Captured
 
-__all__ = ["Stages", "quantized_layers", "quantizers", "set_bits"]
+__all__ = ["Stages", "quantized_layers", "quantizers", "set_bits", "set_stages"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,13 @@ def set_bits(fake_quantizers: Iterable[Any], bits: int) -> None:
             holder.quant_min, holder.quant_max = limits
         if hasattr(module, "follow"):  # there may be no pass before it is converted
             module.follow()
+
+
+def set_stages(stages: Stages, groups: Sequence[Iterable[Any]], progress: float) -> None:
+    """Give each group of fake quantizers its bits; in the end each has its own, be they fewer than most weights'."""
+    for place, group in enumerate(groups):
+        bits = stages.bits_at(progress, place)
+        set_bits(group, 0 if bits == stages.bits[-1] else bits)
 
 
 def _layers(prepared: nn.Module) -> Iterator[tuple[str, list[Any]]]:
