@@ -185,7 +185,8 @@ def artifact_of_a_run() -> tuple[torch.nn.Module, torch.Tensor]:
     from compress.export import export_artifact
     from compress.surgery.capture import export_program
 
-    network, x = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)), torch.randn(9, 4)
+    network = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)).eval()
+    x = torch.randn(9, 4)
     export_artifact(
         export_program(network, [x[:2]]), Path("run/artifact"), targets=["eager"], reference=network, held_out=[x]
     )

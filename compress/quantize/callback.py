@@ -219,7 +219,8 @@ class QuantizationAwareTraining(ModelEditor):
             first = self._reader.try_first(pl_module, self.network(pl_module), batch)
             if self.start == 1:  # only the end counts, which a fit may have without a length
                 if first and self.fallback is None:
-                    with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
+                    gpus = [pl_module.device] if pl_module.device.type == "cuda" else []
+                    with torch.random.fork_rng(gpus), blaming_samples(whole_inputs(pl_module, [first])):
                         self.rehearse(copy.deepcopy(self.network(pl_module)), example_inputs(pl_module, [first]))
                 return
         now = progress(trainer)
