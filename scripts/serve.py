@@ -55,6 +55,7 @@ _WAITS = {
     litserve.LitServer.verify_worker_status.__code__,
     EventProxy.wait.__code__,
 }  # where LitServe's first process is
+_manifest = functools.cache(read_manifest)
 _PATIENCE = 5  # seconds, after which a process that was told to stop is ended
 
 
@@ -147,8 +148,7 @@ class Served(litserve.LitAPI):
 
     def _try(self) -> None:
         """Raise where nothing runs any more: then the sample before is not to blame, and status 500 says so."""
-        specs = self.model.manifest.inputs
-        outputs = self.model(*(np.zeros((1, *example_sizes(spec)), spec.dtype) for spec in specs))
+        outputs = self.model(*(np.zeros((1, *example_sizes(spec)), spec.dtype) for spec in self.model.manifest.inputs))
         check_scores(np.asarray(scores(outputs, self.model.manifest)), self.model.manifest)
 
     def unbatch(self, output: list[Prediction]) -> list[Prediction]:
@@ -176,8 +176,7 @@ def main() -> None:
     """Serve until stopped."""
     parser = _parser()
     options = parser.parse_args()
-    path = options.artifact / "artifact" if (options.artifact / "artifact").is_dir() else options.artifact
-    path = path.resolve()
+    path = (options.artifact / "artifact" if (options.artifact / "artifact").is_dir() else options.artifact).resolve()
     try:
         _check_numbers(options)
         manifest = _checked(path, options.engine, trust=options.trust)
@@ -192,12 +191,8 @@ def main() -> None:
         batch_timeout=options.batch_timeout,
         threads=options.threads or _share(options.workers),
     )
-    server = litserve.LitServer(
-        api,
-        accelerator="cpu",
-        workers_per_device=options.workers,
-        max_payload_size=int(options.max_body_mb * 1e6) if options.max_body_mb else longest_body(manifest),
-    )
+    most = int(options.max_body_mb * 1e6) if options.max_body_mb else longest_body(manifest)
+    server = litserve.LitServer(api, accelerator="cpu", workers_per_device=options.workers, max_payload_size=most)
     server.app.add_exception_handler(RequestValidationError, refuse)
     with stops():
         server.run(host=options.host, port=options.port, generate_client_file=False, log_level="warning")
@@ -207,8 +202,7 @@ def main() -> None:
 def stops() -> Iterator[None]:
     """Let SIGTERM do what Ctrl+C does, and leave no process behind that this one has started.
 
-    LitServe sees to no signal: by its default the children would go on, and keep the port; the first process of a
-    container has no default at all.
+    LitServe sees to no signal: its children would go on; the first process of a container has not even a default.
     """
     ours = os.getpid()
 
@@ -252,7 +246,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("artifact", type=Path, metavar="ARTIFACT")
     hosts = ("127.0.0.1", "0.0.0.0", "::")
-    add("--host", default=hosts[0], choices=hosts, help="address to listen on; only this machine by default")
+    add("--host", default=hosts[0], choices=hosts, help="address to listen on (default: this machine's own only)")
     add("--port", type=int, default=8000)
     add("--engine", default="auto", help="engine to serve with (default: the fastest here)")
     add("--trust", action="store_true", help="let an artefact that was built elsewhere run its code")
@@ -343,11 +337,6 @@ def _numbers(value: list[Any]) -> np.ndarray:
 
 def _fits(shape: tuple[int, ...], wanted: tuple[int | None, ...]) -> bool:
     return len(shape) == len(wanted) and all(size in (None, given) for size, given in zip(wanted, shape))
-
-
-@functools.cache
-def _manifest(path: str) -> Manifest:
-    return read_manifest(path)
 
 
 @functools.cache

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from compress.distill import soft_target
+from compress.files import write_json
 from compress.measure.latency import Latency, measure_latency
 from compress.measure.machine import describe_machine
 
@@ -94,6 +93,4 @@ def finish(arguments: argparse.Namespace, rows: list[Row]) -> None:
         console = Console(width=160)  # a file or a pipe has no edge to wrap at
     console.print(table)
     if arguments.json:
-        temporary = arguments.json.with_name(arguments.json.name + ".tmp")
-        temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-        os.replace(temporary, arguments.json)
+        write_json(arguments.json, [asdict(row) for row in rows])

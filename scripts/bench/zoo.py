@@ -25,6 +25,8 @@ from rich.progress import track
 from zoo_models import ARCHITECTURES, FAMILIES
 from zoo_table import table
 
+from compress.files import write_json, write_text
+
 CHECKS = ("prune", "torch_pruning", "masked", "units", "criteria", "quantize")
 _IMPORTED_ONCE = ["zoo_models", "torchvision", "timm", "transformers", "zoo_checks"]
 _PATIENCE = 20
@@ -56,14 +58,14 @@ def main() -> None:
     text = table(names, rows)
     Console(width=200).print(text)
     if options.table:
-        options.table.write_text(text)
+        write_text(options.table, text)
     if options.json:
         entries = [
             {"name": name, "metric": f"{check}_pass", "value": rows[check][name]["pass"], "unit": ""}
             for check in options.check
             for name in names
         ]
-        options.json.write_text(json.dumps(entries, indent=1))
+        write_json(options.json, entries)
 
 
 def _run(options: argparse.Namespace, check: str, name: str) -> None:
@@ -88,9 +90,7 @@ def _check(name: str, check: str, file: Path, limit: int) -> None:
 
 
 def _write(row: dict[str, Any], file: Path) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row))
-    os.replace(temporary, file)
+    write_json(file, row)
 
 
 def _file(options: argparse.Namespace, check: str, name: str) -> Path:
